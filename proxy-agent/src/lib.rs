@@ -1,0 +1,11 @@
+//! Sheave's agent. Data flows one way:
+//!
+//! ```text
+//! source ── Change ──▶ model ── dirty Services ──▶ resolve ──▶ plan ── writes ──▶ dataplane (kernel maps)
+//! ```
+//!
+//! Sources only report; `model`, `resolve` and `plan` are pure; only `dataplane` touches the kernel.
+
+pub mod object;
+pub mod resolve;
+pub mod source;

@@ -1,0 +1,2 @@
+//! The `sheave` binary.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Where objects come from. Sources report [`Change`](crate::object::Change)s and know nothing of maps.

@@ -1,0 +1,119 @@
+//! `BACKENDS`: mmap-able array, index → backend, and `SLOTS`: mmap-able array of backend ids. Written by the agent only.
+
+use super::{Address, Port};
+
+/// Index (bits 0–31) and generation (32–63) of a backend. An index is used again with the next generation, so a stale
+/// id in an affinity entry or a flow names something that is gone and is not believed. 0 is never real.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug)]
+pub struct BackendId(u64);
+
+layout!(BackendId, size = 8, fields = u64);
+
+impl BackendId {
+    /// Names nothing.
+    pub const NONE: Self = Self(0);
+
+    /// Of a place in `BACKENDS` and the generation that lives there.
+    #[inline(always)]
+    pub const fn new(index: u32, generation: u32) -> Self {
+        Self(index as u64 | (generation as u64) << 32)
+    }
+
+    /// From the stored word.
+    #[inline(always)]
+    pub const fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+
+    /// The stored word.
+    #[inline(always)]
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// Place in `BACKENDS`.
+    #[inline(always)]
+    pub const fn index(self) -> u32 {
+        self.0 as u32
+    }
+
+    /// Which tenant of that place.
+    #[inline(always)]
+    pub const fn generation(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+}
+
+/// An endpoint as the kernel stores it; it belongs to one service port.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Backend {
+    /// Where connections go.
+    pub address: Address,
+    /// Where connections go.
+    pub port: Port,
+    flags: u16,
+    /// Must equal the id's; 0 = never used.
+    pub generation: u32,
+}
+
+layout!(Backend, size = 24, fields = Address, Port, u16, u32);
+
+/// The place has a tenant.
+const LIVE: u16 = 1;
+/// The tenant serves (E7): datagram flows may stay with it.
+const SERVING: u16 = 2;
+
+impl Backend {
+    /// A live backend.
+    pub const fn new(address: Address, port: Port, serving: bool, generation: u32) -> Self {
+        Self { address, port, flags: if serving { LIVE | SERVING } else { LIVE }, generation }
+    }
+
+    /// A place whose last tenant had `generation`.
+    pub const fn vacant(generation: u32) -> Self {
+        Self { address: Address::from_words([0; 4]), port: Port::new(0), flags: 0, generation }
+    }
+
+    /// Whether `id` names this very tenant.
+    #[inline(always)]
+    pub const fn is(&self, id: BackendId) -> bool {
+        self.flags & LIVE != 0 && self.generation == id.generation()
+    }
+
+    /// Whether the place has a tenant at all.
+    pub const fn is_live(&self) -> bool {
+        self.flags & LIVE != 0
+    }
+
+    /// Whether the tenant serves.
+    #[inline(always)]
+    pub const fn is_serving(&self) -> bool {
+        self.flags & SERVING != 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use core::net::IpAddr;
+
+    #[test]
+    fn backend_bytes() {
+        let backend = Backend::new(IpAddr::from([10, 244, 1, 5]).into(), Port::new(9876), true, 0x0102_0304);
+        // SAFETY: the layout assertion proves 24 bytes without padding.
+        let bytes: [u8; 24] = unsafe { core::mem::transmute(backend) };
+        let expected =
+            [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 244, 1, 5, 0x26, 0x94, 3, 0, 4, 3, 2, 1];
+        assert_eq!(bytes, expected);
+    }
+
+    #[test]
+    fn stale_id_is_not_believed() {
+        let backend = Backend::new(Address::default(), Port::new(1), true, 4);
+        assert!(backend.is(BackendId::new(9, 4)) && !backend.is(BackendId::new(9, 3)));
+        assert!(!Backend::vacant(4).is(BackendId::new(9, 4)));
+        assert_eq!(BackendId::new(9, 4).bits(), 0x0000_0004_0000_0009);
+    }
+}

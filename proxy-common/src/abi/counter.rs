@@ -1,0 +1,55 @@
+//! `COUNTERS`: per-CPU array, one count for each way out of a program. Written by the kernel programs only.
+
+macro_rules! outcomes {
+    ($($(#[doc = $doc:literal])+ $name:ident = $text:literal),+ $(,)?) => {
+        /// Every way out of a program, so that no pass, refusal or miss goes uncounted.
+        #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+        #[repr(u32)]
+        pub enum Outcome { $($(#[doc = $doc])+ $name),+ }
+
+        impl Outcome {
+            /// All outcomes in the order of the map.
+            pub const ALL: &'static [Self] = &[$(Self::$name),+];
+
+            /// The name in `sheave status` and in metrics.
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$name => $text),+ }
+            }
+        }
+    };
+}
+
+outcomes! {
+    /// A connect that is for no Service.
+    ConnectUntouched = "connect_untouched",
+    /// A connect that was sent to a backend.
+    ConnectForwarded = "connect_forwarded",
+    /// A connect that was refused (Z1).
+    ConnectRejected = "connect_rejected",
+    /// A connect left to the packet path to be refused: UDP (B13), or a kernel that cannot set the error (B2).
+    ConnectRejectLeft = "connect_reject_left",
+    /// A connect left to the packet path to be dropped (Z2, Z3).
+    ConnectDropLeft = "connect_drop_left",
+    /// A connect left to the packet path since the client's address must be checked (F3).
+    ConnectSourceRangesLeft = "connect_source_ranges_left",
+    /// A datagram that is for no Service.
+    SendUntouched = "send_untouched",
+    /// A datagram that was sent to a backend chosen just now.
+    SendForwarded = "send_forwarded",
+    /// A datagram that followed the flow of an earlier one.
+    SendFollowed = "send_followed",
+    /// A datagram left to the packet path to be refused or dropped (B13).
+    SendLeft = "send_left",
+    /// A datagram left to the packet path since the client's address must be checked (F3).
+    SendSourceRangesLeft = "send_source_ranges_left",
+    /// A received datagram whose source was shown as the VIP.
+    RecvTranslated = "recv_translated",
+    /// A received datagram of no flow of ours.
+    RecvUntouched = "recv_untouched",
+    /// A peer name shown as the VIP.
+    PeerTranslated = "peer_translated",
+    /// A peer name left as it is.
+    PeerUntouched = "peer_untouched",
+    /// A set kept changing under the reader until it gave up; the connection was left alone.
+    Contended = "contended",
+}

@@ -1,0 +1,41 @@
+//! Map layouts: keys, values, and the words packed into them.
+//!
+//! Rules kept by every layout: `repr(C)`, no padding (proved at compile time by [`layout!`]), no `bool`, `enum` or
+//! `Option`; network byte order is a type ([`Address`], [`Port`]) whose words are private. Everything else is host order.
+
+/// Declares that a struct is what a map stores: pins its size, proves that it has no padding (a padded key would be
+/// hashed with whatever the stack held), and lets the agent pass it to aya.
+macro_rules! layout {
+    ($name:ident, size = $size:literal, fields = $($field:ty),+) => {
+        const _: () = {
+            assert!(core::mem::size_of::<$name>() == $size);
+            assert!(core::mem::size_of::<$name>() == 0 $(+ core::mem::size_of::<$field>())+, "padding");
+        };
+        // SAFETY: `repr(C)`, `Copy`, and by the assertion above free of padding; every bit pattern is a value, since
+        // all fields are integers.
+        #[cfg(feature = "user")]
+        unsafe impl aya::Pod for $name {}
+    };
+}
+
+mod address;
+pub mod affinity;
+pub mod backend;
+pub mod counter;
+pub mod datagram;
+pub mod frontend;
+pub mod service;
+pub mod socket;
+
+pub use address::{Address, Port};
+pub use affinity::{AffinityEntry, AffinityKey, AffinitySlot, ClientKey};
+pub use backend::{Backend, BackendId};
+pub use counter::Outcome;
+pub use datagram::{DatagramFlow, DatagramKey, DatagramOrigin};
+pub use frontend::{FrontendKey, FrontendKind, FrontendValue, Origin, Protocol};
+pub use service::{AffinityWord, ServiceId, ServiceRecord, SetWord, WhenEmpty, WhichSet};
+pub use socket::SocketOrigin;
+
+/// Changes whenever any layout here, or the meaning of a field, changes. It is part of the pin directory's name, so an
+/// agent never adopts maps that it would misread.
+pub const LAYOUT_VERSION: u32 = 1;

@@ -1,0 +1,54 @@
+//! The decision core: which frontend, which set for whom, affinity, which backend.
+//!
+//! Safe code, generic over [`Tables`]. The kernel programs give it the maps, host tests and `sheave explain` give it
+//! tables in memory; the decisions are the same because the code is. A hook is: context → destination → decide → apply.
+
+mod affinity;
+mod connect;
+mod datagram;
+mod lookup;
+mod select;
+pub mod snat;
+
+pub use connect::{Client, Connect, connect};
+pub use datagram::{Sent, receive, send};
+pub use lookup::{Ruling, lookup};
+pub use select::{contains, get};
+
+use crate::abi::{
+    Address, AffinityEntry, AffinityKey, AffinityWord, Backend, BackendId, DatagramFlow, DatagramKey,
+    DatagramOrigin, FrontendKey, FrontendValue, Port, ServiceId, SetWord, WhichSet,
+};
+
+/// What the decision core reads and remembers. Two implementations: the kernel's maps, and memory.
+pub trait Tables {
+    /// `FRONTENDS`.
+    fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue>;
+    /// One set word of a service record, read atomically; [`SetWord::ABSENT`] if there is no such record.
+    fn set(&self, service: ServiceId, which: WhichSet) -> SetWord;
+    /// The affinity word of a service record.
+    fn affinity(&self, service: ServiceId) -> AffinityWord;
+    /// `SLOTS`.
+    fn slot(&self, index: u32) -> Option<BackendId>;
+    /// `BACKENDS`.
+    fn backend(&self, index: u32) -> Option<Backend>;
+    /// `AFFINITY`.
+    fn affinity_entry(&self, key: &AffinityKey) -> Option<AffinityEntry>;
+    /// `AFFINITY`: best effort, a full table forgets somebody else.
+    fn remember_affinity(&self, key: &AffinityKey, entry: &AffinityEntry);
+    /// `DATAGRAM_FLOWS`.
+    fn datagram_flow(&self, key: &DatagramKey) -> Option<DatagramFlow>;
+    /// `DATAGRAM_FLOWS`: best effort.
+    fn remember_datagram_flow(&self, key: &DatagramKey, flow: &DatagramFlow);
+    /// `DATAGRAM_ORIGIN`.
+    fn datagram_origin(&self, key: &DatagramKey) -> Option<DatagramOrigin>;
+    /// `DATAGRAM_ORIGIN`: best effort.
+    fn remember_datagram_origin(&self, key: &DatagramKey, origin: &DatagramOrigin);
+    /// Uniform 32 random bits.
+    fn random(&self) -> u32;
+    /// Nanoseconds of the monotonic clock.
+    fn now_ns(&self) -> u64;
+}
+
+/// Address and port of one side of a connection.
+pub type Peer = (Address, Port);
