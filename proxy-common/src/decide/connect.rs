@@ -1,4 +1,4 @@
-use super::{Peer, Tables, affinity, lookup, lookup::Ruling, select};
+use super::{Peer, Tables, affinity, select};
 use crate::abi::{Backend, BackendId, ClientKey, FrontendKey, Origin, Protocol, WhenEmpty};
 
 /// Who connects.
@@ -36,17 +36,19 @@ pub enum Connect {
 /// good as certain; the bound is for the verifier.
 const TRIES: u32 = 3;
 
-/// Decides a new connection from a socket.
+/// Decides a new connection from a socket. `client` is asked only once a frontend is dialled: most connections are for
+/// no Service and shall pay for one look-up, no more.
 #[inline(always)]
-pub fn connect(tables: &impl Tables, client: &Client, to: Peer, protocol: Protocol) -> Connect {
+pub fn connect(tables: &impl Tables, client: &impl Fn() -> Client, to: Peer, protocol: Protocol) -> Connect {
     let key = FrontendKey::new(to.0, to.1, protocol.number());
+    let Some(frontend) = tables.frontend(&key) else { return Connect::Untouched };
+    if frontend.has_source_ranges() {
+        return Connect::SourceRanges;
+    }
+    let client = client();
+    let which = frontend.set_for(client.origin);
     for _ in 0..TRIES {
-        let Ruling::Set { frontend, which, set } = lookup(tables, &key, client.origin) else {
-            return Connect::Untouched;
-        };
-        if frontend.has_source_ranges() {
-            return Connect::SourceRanges;
-        }
+        let set = tables.set(frontend.service(), which);
         if set.count() == 0 {
             return match set.when_empty() {
                 Some(WhenEmpty::Reject) => Connect::Reject,

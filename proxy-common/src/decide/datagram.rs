@@ -12,7 +12,7 @@ pub enum Sent {
 
 /// Rule B12: one backend per (socket, VIP:port) while it serves and the flow is not idle.
 #[inline(always)]
-pub fn send(tables: &impl Tables, client: &Client, cookie: u64, to: Peer) -> Sent {
+pub fn send(tables: &impl Tables, client: &impl Fn() -> Client, cookie: u64, to: Peer) -> Sent {
     let key = DatagramKey::new(cookie, to);
     if let Some(mut flow) = tables.datagram_flow(&key) {
         let now_ns = tables.now_ns();

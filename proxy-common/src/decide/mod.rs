@@ -6,13 +6,11 @@
 mod affinity;
 mod connect;
 mod datagram;
-mod lookup;
 mod select;
 pub mod snat;
 
 pub use connect::{Client, Connect, connect};
 pub use datagram::{Sent, receive, send};
-pub use lookup::{Ruling, lookup};
 pub use select::{contains, get};
 
 use crate::abi::{

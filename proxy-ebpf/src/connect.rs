@@ -1,0 +1,54 @@
+use aya_ebpf::{helpers::bpf_set_retval, programs::SockAddrContext};
+use proxy_common::{
+    abi::{Outcome, Protocol, SocketOrigin},
+    decide::{self, Connect},
+};
+
+use crate::{
+    context::{ALLOW, DENY, Family, can_set_error, client, forget_origin, peer, protocol, remember_origin, set_peer},
+    maps::{Maps, count},
+};
+
+const ECONNREFUSED: i32 = 111;
+
+pub(crate) fn run<F: Family>(ctx: &SockAddrContext) -> i32 {
+    const TCP: u32 = Protocol::Tcp as u32;
+    const UDP: u32 = Protocol::Udp as u32;
+    let protocol = match protocol(ctx) {
+        TCP => Protocol::Tcp,
+        UDP => Protocol::Udp,
+        _ => return leave(ctx, Outcome::ConnectUntouched),
+    };
+    let vip = peer::<F>(ctx);
+    match decide::connect(&Maps, &|| client(ctx), vip, protocol) {
+        Connect::Untouched => leave(ctx, Outcome::ConnectUntouched),
+        Connect::Forward { id, backend } => {
+            let to = (backend.address, backend.port);
+            set_peer::<F>(ctx, to);
+            remember_origin(ctx, SocketOrigin::new(vip, id, to));
+            count(Outcome::ConnectForwarded);
+            ALLOW
+        }
+        // connect() of a UDP socket sends nothing and succeeds; the refusal is the packet path's to send (B13).
+        Connect::Reject => match protocol {
+            Protocol::Tcp if can_set_error() => {
+                // SAFETY: any value is allowed.
+                unsafe { bpf_set_retval(-ECONNREFUSED) };
+                count(Outcome::ConnectRejected);
+                DENY
+            }
+            Protocol::Tcp | Protocol::Udp | Protocol::Sctp => leave(ctx, Outcome::ConnectRejectLeft),
+        },
+        Connect::Drop => leave(ctx, Outcome::ConnectDropLeft),
+        Connect::SourceRanges => leave(ctx, Outcome::ConnectSourceRangesLeft),
+        Connect::Contended => leave(ctx, Outcome::Contended),
+    }
+}
+
+/// The address stays as dialled. The socket may have been connected through a VIP before.
+#[inline(always)]
+fn leave(ctx: &SockAddrContext, outcome: Outcome) -> i32 {
+    forget_origin(ctx);
+    count(outcome);
+    ALLOW
+}
