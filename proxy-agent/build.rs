@@ -60,7 +60,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let object = target_dir.join("bpfel-unknown-none/release/sheave-bpf");
     let out = PathBuf::from(env::var("OUT_DIR")?).join("sheave-bpf");
-    std::fs::copy(&object, &out).map_err(|e| format!("copy {} to {}: {e}", object.display(), out.display()))?;
+    std::fs::copy(&object, &out)
+        .map_err(|e| format!("copy {} to {}: {e}", object.display(), out.display()))?;
     Ok(())
 }
 
@@ -73,7 +74,8 @@ fn find_linker(root: &Path) -> Option<PathBuf> {
         .map(PathBuf::from)
         .or_else(|| env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")));
     let brought = cache.map(|cache| cache.join("sheave/tools").join(BPF_LINKER).join("bin/bpf-linker"));
-    let in_path = env::split_paths(&env::var_os("PATH").unwrap_or_default()).map(|dir| dir.join("bpf-linker"));
+    let path = env::var_os("PATH").unwrap_or_default();
+    let in_path = env::split_paths(&path).map(|dir| dir.join("bpf-linker"));
     let local = root.join("target/tools/bin/bpf-linker");
     brought.into_iter().chain([local]).chain(in_path).find(|path| path.is_file())
 }

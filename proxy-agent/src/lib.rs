@@ -6,6 +6,9 @@
 //!
 //! Sources only report; `model`, `resolve` and `plan` are pure; only `dataplane` touches the kernel.
 
+pub mod dataplane;
+pub mod kernel;
 pub mod object;
+pub mod reconcile;
 pub mod resolve;
 pub mod source;

@@ -175,3 +175,15 @@ pub struct NodeFacts {
     /// What is odd, for the log.
     pub problems: Vec<Problem>,
 }
+
+impl ServicePortKey {
+    /// Sorts before every service port of this Service.
+    pub fn first_of(service: &ObjectKey) -> Self {
+        Self {
+            service: service.clone(),
+            port_name: String::new(),
+            protocol: Protocol::Tcp,
+            family: Family::V4,
+        }
+    }
+}

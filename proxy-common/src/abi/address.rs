@@ -2,8 +2,10 @@ use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// An IP address: 16 bytes in network order. IPv4 is stored IPv4-mapped (`::ffff:a.b.c.d`), so one map serves both
 /// families and IPv4-mapped sockets meet IPv4 Services without a case of their own (rule B1).
+///
+/// The order is that of memory words: good for sorted tables, not numeric.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Address([u32; 4]);
 
 layout!(Address, size = 16, fields = [u32; 4]);
@@ -70,7 +72,7 @@ impl core::fmt::Debug for Address {
 
 /// A port in network order.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Port(u16);
 
 layout!(Port, size = 2, fields = u16);

@@ -21,7 +21,7 @@ impl ClientKey {
     /// A client known by its network namespace's cookie.
     #[inline(always)]
     pub const fn netns(cookie: u64) -> Self {
-        Self([NETNS, 0, (cookie >> 32) as u32, cookie as u32])
+        Self([NETNS, 0, (cookie >> 32) as u32, super::low(cookie)])
     }
 }
 

@@ -35,7 +35,7 @@ impl BackendId {
     /// Place in `BACKENDS`.
     #[inline(always)]
     pub const fn index(self) -> u32 {
-        self.0 as u32
+        super::low(self.0)
     }
 
     /// Which tenant of that place.
@@ -74,6 +74,14 @@ impl Backend {
     /// A place whose last tenant had `generation`.
     pub const fn vacant(generation: u32) -> Self {
         Self { address: Address::from_words([0; 4]), port: Port::new(0), flags: 0, generation }
+    }
+
+    /// Where the flags lie, for the agent, which stores them alone.
+    pub const FLAGS_OFFSET: usize = core::mem::offset_of!(Self, flags);
+
+    /// The flags as stored.
+    pub const fn flags(&self) -> u16 {
+        self.flags
     }
 
     /// Whether `id` names this very tenant.

@@ -4,7 +4,7 @@ use super::{Address, Port, ServiceId, WhichSet};
 
 /// One VIP:port/protocol that the kernel looks up.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct FrontendKey {
     address: Address,
     port: Port,
@@ -135,7 +135,7 @@ impl Origin {
 
 /// What the kernel needs to know of a frontend before it reads the service record.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct FrontendValue {
     service: ServiceId,
     kind: u8,
@@ -167,6 +167,13 @@ impl FrontendValue {
     #[must_use]
     pub const fn with_source_ranges(mut self) -> Self {
         self.flags |= SOURCE_RANGES;
+        self
+    }
+
+    /// The same for another service record.
+    #[must_use]
+    pub const fn with_service(mut self, service: ServiceId) -> Self {
+        self.service = service;
         self
     }
 

@@ -18,6 +18,13 @@ macro_rules! layout {
     };
 }
 
+/// The low half of a packed word.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "the low half is what is asked for")]
+const fn low(word: u64) -> u32 {
+    word as u32
+}
+
 mod address;
 pub mod affinity;
 pub mod backend;

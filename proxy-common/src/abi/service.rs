@@ -62,7 +62,7 @@ impl SetWord {
     /// First slot.
     #[inline(always)]
     pub const fn first(self) -> u32 {
-        self.0 as u32
+        super::low(self.0)
     }
 
     /// Number of slots.
@@ -111,7 +111,7 @@ impl AffinityWord {
     /// Seconds since the last new connection after which an entry is dead (A3); 0 = no affinity.
     #[inline(always)]
     pub const fn timeout_s(self) -> u32 {
-        self.0 as u32
+        super::low(self.0)
     }
 
     /// Raised each time affinity is switched on.

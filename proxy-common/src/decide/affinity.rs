@@ -18,10 +18,10 @@ pub(super) fn choose(
     let now_ns = tables.now_ns();
     let key = AffinityKey::new(service, client);
     let mut entry = AffinityEntry::new(affinity.epoch());
-    if let Some(found) = tables.affinity_entry(&key) {
-        if found.epoch == affinity.epoch() {
-            entry = found;
-        }
+    if let Some(found) = tables.affinity_entry(&key)
+        && found.epoch == affinity.epoch()
+    {
+        entry = found;
     }
     let (this, other) = entry.slots(which);
     let mut chosen = usable(tables, set, affinity, this, now_ns);

@@ -1,0 +1,145 @@
+//! A `BPF_F_MMAPABLE` array as memory: a write costs a store, not a system call.
+
+use std::io;
+use std::marker::PhantomData;
+use std::num::NonZeroUsize;
+use std::os::fd::AsFd;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use proxy_common::abi::{Backend, BackendId, ServiceRecord};
+
+use crate::dataplane::RecordWord;
+
+/// An array map of `T`, whose size is a multiple of 8 as the kernel's stride is.
+#[derive(Debug)]
+pub struct Mapping<T> {
+    memory: NonNull<u8>,
+    entries: u32,
+    bytes: usize,
+    of: PhantomData<T>,
+}
+
+// SAFETY: the mapping belongs to this value alone; all writes go through `&mut self`.
+unsafe impl<T> Send for Mapping<T> {}
+
+impl<T> Mapping<T> {
+    const STRIDE: usize = {
+        assert!(size_of::<T>().is_multiple_of(8));
+        size_of::<T>()
+    };
+
+    /// Maps all `entries` of the map behind `fd`.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn new(fd: impl AsFd, entries: u32, writable: bool) -> io::Result<Self> {
+        let bytes = entries as usize * Self::STRIDE;
+        let length = NonZeroUsize::new(bytes).ok_or(io::ErrorKind::InvalidInput)?;
+        let protection =
+            if writable { ProtFlags::PROT_READ | ProtFlags::PROT_WRITE } else { ProtFlags::PROT_READ };
+        // SAFETY: a fresh shared mapping that the kernel places; nothing else is touched.
+        let memory = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, fd, 0) }?;
+        Ok(Self { memory: memory.cast(), entries, bytes, of: PhantomData })
+    }
+
+    /// Address of byte `offset` in entry `index`.
+    fn at(&self, index: u32, offset: usize) -> io::Result<NonNull<u8>> {
+        if index >= self.entries {
+            return Err(io::Error::from_raw_os_error(libc::E2BIG));
+        }
+        // SAFETY: `index` is in range and `offset` is inside an entry (callers below), so it stays in the mapping.
+        Ok(unsafe { self.memory.add(index as usize * Self::STRIDE + offset) })
+    }
+
+    fn word(&self, index: u32, offset: usize) -> io::Result<&AtomicU64> {
+        let at = self.at(index, offset)?;
+        // SAFETY: in the mapping, 8-byte aligned (stride and offsets are multiples of 8), shared with the kernel, which
+        // reads it with single loads: exactly what an atomic is for.
+        Ok(unsafe { AtomicU64::from_ptr(at.cast().as_ptr()) })
+    }
+}
+
+impl<T> Drop for Mapping<T> {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours and no reference into it outlives `self`.
+        if let Err(error) = unsafe { munmap(self.memory.cast(), self.bytes) } {
+            tracing::warn!(%error, "munmap of a map");
+        }
+    }
+}
+
+impl Mapping<ServiceRecord> {
+    /// Commits one word: readers see the old one or this one, and if this one, then all that was written before.
+    ///
+    /// # Errors
+    /// E2BIG if out of range.
+    pub fn store(&mut self, index: u32, word: RecordWord, bits: u64) -> io::Result<()> {
+        self.word(index, Self::offset(word))?.store(bits, Ordering::Release);
+        Ok(())
+    }
+
+    /// Reads one word; 0 if out of range.
+    pub fn load(&self, index: u32, word: RecordWord) -> u64 {
+        self.word(index, Self::offset(word)).map_or(0, |word| word.load(Ordering::Acquire))
+    }
+
+    const fn offset(word: RecordWord) -> usize {
+        match word {
+            RecordWord::Cluster => std::mem::offset_of!(ServiceRecord, cluster),
+            RecordWord::Local => std::mem::offset_of!(ServiceRecord, local),
+            RecordWord::Draining => std::mem::offset_of!(ServiceRecord, draining),
+            RecordWord::Affinity => std::mem::offset_of!(ServiceRecord, affinity),
+        }
+    }
+}
+
+impl Mapping<BackendId> {
+    /// # Errors
+    /// E2BIG if out of range.
+    pub fn store(&mut self, index: u32, id: BackendId) -> io::Result<()> {
+        self.word(index, 0)?.store(id.bits(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// [`BackendId::NONE`] if out of range.
+    pub fn load(&self, index: u32) -> BackendId {
+        self.word(index, 0).map_or(BackendId::NONE, |word| BackendId::from_bits(word.load(Ordering::Relaxed)))
+    }
+}
+
+impl Mapping<Backend> {
+    /// A new tenant is written under generation 0, which no id has, and its generation last. A tenant that only changes
+    /// its state, or goes, changes one half-word: its address stays readable for whoever is on the way to it.
+    ///
+    /// # Errors
+    /// E2BIG if out of range.
+    pub fn store(&mut self, index: u32, value: Backend) -> io::Result<()> {
+        let entry = self.at(index, 0)?;
+        let flags = self.at(index, Backend::FLAGS_OFFSET)?;
+        let generation = self.at(index, std::mem::offset_of!(Backend, generation))?;
+        // SAFETY: in the mapping, aligned for the type, and read by the kernel with single loads.
+        let flags = unsafe { AtomicU16::from_ptr(flags.cast().as_ptr()) };
+        // SAFETY: as above.
+        let generation = unsafe { AtomicU32::from_ptr(generation.cast().as_ptr()) };
+        if generation.load(Ordering::Relaxed) != value.generation {
+            generation.store(0, Ordering::Release);
+            let fresh = Backend { generation: 0, ..value };
+            // SAFETY: in the mapping, 4-byte aligned as `Backend` needs; no id names generation 0, so nobody reads it.
+            unsafe { entry.cast::<Backend>().write_volatile(fresh) };
+            generation.store(value.generation, Ordering::Release);
+        } else {
+            flags.store(value.flags(), Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Vacant if out of range.
+    pub fn load(&self, index: u32) -> Backend {
+        self.at(index, 0).map_or(Backend::vacant(0), |entry| {
+            // SAFETY: in the mapping and aligned; the agent is the only writer.
+            unsafe { entry.cast::<Backend>().read_volatile() }
+        })
+    }
+}

@@ -1,0 +1,140 @@
+//! What stays in the kernel when the agent goes, and where it is pinned (Q8).
+//!
+//! ```text
+//! <bpffs>/sheave/state-v<layout>/MAP     maps that the programs write: affinity, datagram flows, socket storage
+//! <bpffs>/sheave/tables-v<layout>-<n>/MAP    maps that the agent writes; n counts the generations
+//! <bpffs>/sheave/links/PROGRAM           attachments; each is updated atomically to the current generation's program
+//! ```
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MsFlags, mount};
+use nix::sys::statfs::statfs;
+use proxy_common::abi::LAYOUT_VERSION;
+
+use super::Error;
+
+/// statfs(2): BPF_FS_MAGIC.
+const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+
+/// The pin directory.
+#[derive(Clone, Debug)]
+pub struct Pins {
+    bpffs: PathBuf,
+}
+
+impl Pins {
+    /// Pins below this bpffs; nothing is touched yet.
+    pub fn new(bpffs: impl Into<PathBuf>) -> Self {
+        Self { bpffs: bpffs.into() }
+    }
+
+    /// Mounts a bpffs if there is none and makes the directories.
+    ///
+    /// # Errors
+    /// If that fails; mounting needs CAP_SYS_ADMIN.
+    pub fn prepare(&self) -> Result<(), Error> {
+        fs::create_dir_all(&self.bpffs).map_err(Error::path("create", &self.bpffs))?;
+        if !is_bpffs(&self.bpffs) {
+            mount(Some("bpf"), &self.bpffs, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
+                .map_err(io::Error::from)
+                .map_err(Error::path("mount a bpffs on", &self.bpffs))?;
+            tracing::info!(path = %self.bpffs.display(), "mounted a bpffs");
+        }
+        for directory in [self.state(), self.links()] {
+            fs::create_dir_all(&directory).map_err(Error::path("create", &directory))?;
+        }
+        Ok(())
+    }
+
+    /// Everything of ours is below it.
+    pub fn root(&self) -> PathBuf {
+        self.bpffs.join("sheave")
+    }
+
+    /// Maps that the programs write.
+    pub fn state(&self) -> PathBuf {
+        self.root().join(format!("state-v{LAYOUT_VERSION}"))
+    }
+
+    /// Links.
+    pub fn links(&self) -> PathBuf {
+        self.root().join("links")
+    }
+
+    /// Maps that the agent writes, of one generation.
+    pub fn tables(&self, generation: u32) -> PathBuf {
+        self.root().join(format!("tables-v{LAYOUT_VERSION}-{generation}"))
+    }
+
+    /// Generations of this layout that are pinned, lowest first. More than one means that an agent went in the middle of
+    /// a change; the lowest is complete, so that is the one to adopt.
+    ///
+    /// # Errors
+    /// If the directory exists but cannot be read.
+    pub fn generations(&self) -> Result<Vec<u32>, Error> {
+        let prefix = format!("tables-v{LAYOUT_VERSION}-");
+        let names = self.names()?;
+        let mut found: Vec<u32> =
+            names.iter().filter_map(|name| name.strip_prefix(&prefix)?.parse().ok()).collect();
+        found.sort_unstable();
+        Ok(found)
+    }
+
+    /// Removes every generation and state of other layouts, and every other generation of this one: nothing uses them
+    /// once the links are updated.
+    ///
+    /// # Errors
+    /// If something cannot be removed.
+    pub fn remove_others(&self, generation: u32) -> Result<(), Error> {
+        let keep = [self.state(), self.links(), self.tables(generation)];
+        for name in self.names()? {
+            let path = self.root().join(&name);
+            if !keep.contains(&path) && (name.starts_with("tables-v") || name.starts_with("state-v")) {
+                tracing::info!(path = %path.display(), "removing tables of another generation");
+                fs::remove_dir_all(&path).map_err(Error::path("remove", &path))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes everything: links first, so that no program runs on half of its maps. Returns whether there was anything.
+    ///
+    /// # Errors
+    /// If something cannot be removed.
+    pub fn remove_all(&self) -> Result<bool, Error> {
+        let root = self.root();
+        if !root.exists() {
+            return Ok(false);
+        }
+        for directory in [self.links(), root] {
+            match fs::remove_dir_all(&directory) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(Error::path("remove", &directory)(error)),
+            }
+        }
+        Ok(true)
+    }
+
+    fn names(&self) -> Result<Vec<String>, Error> {
+        let root = self.root();
+        let entries = match fs::read_dir(&root) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(Error::path("read", &root)(error)),
+        };
+        let mut names = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(Error::path("read", &root))?;
+            names.extend(entry.file_name().into_string());
+        }
+        Ok(names)
+    }
+}
+
+fn is_bpffs(path: &Path) -> bool {
+    statfs(path).is_ok_and(|fs| fs.filesystem_type().0 == BPF_FS_MAGIC)
+}

@@ -1,0 +1,274 @@
+//! Loading the programs on the pinned maps, and attaching them without a gap.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use aya::maps::{Map, MapData};
+use aya::programs::links::{FdLink, PinnedLink};
+use aya::programs::{CgroupAttachMode, CgroupSockAddr};
+use aya::util::KernelVersion;
+use aya::{Ebpf, EbpfLoader};
+use proxy_common::abi::{
+    AffinityEntry, AffinityKey, Backend, BackendId, DatagramFlow, DatagramKey, DatagramOrigin, FrontendKey,
+    FrontendValue, Outcome, ServiceRecord, SocketOrigin,
+};
+
+use super::{Error, Pins, sys};
+use crate::dataplane::Limits;
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sheave-bpf"));
+
+/// Programs, by name; the name is also that of the link's pin.
+pub const PROGRAMS: [&str; 8] = [
+    "sock_connect4",
+    "sock_connect6",
+    "sock_sendmsg4",
+    "sock_sendmsg6",
+    "sock_recvmsg4",
+    "sock_recvmsg6",
+    "sock_getpeer4",
+    "sock_getpeer6",
+];
+
+/// `bpf_set_retval` came with it.
+const SET_RETVAL_SINCE: (u8, u8, u16) = (5, 18, 0);
+
+/// A map as the object declares it, for the check of a pin: aya takes any pin, of whatever shape.
+struct Shape {
+    name: &'static str,
+    key_bytes: u32,
+    value_bytes: u32,
+}
+
+macro_rules! shape {
+    ($name:literal, $key:ty, $value:ty) => {
+        Shape { name: $name, key_bytes: size_of::<$key>() as u32, value_bytes: size_of::<$value>() as u32 }
+    };
+}
+
+/// Maps that the agent writes; one set for each generation.
+const TABLES: [Shape; 4] = [
+    shape!("FRONTENDS", FrontendKey, FrontendValue),
+    shape!("SERVICES", u32, ServiceRecord),
+    shape!("SLOTS", u32, BackendId),
+    shape!("BACKENDS", u32, Backend),
+];
+
+/// Maps that the programs write; shared by all generations.
+const STATE: [Shape; 5] = [
+    shape!("AFFINITY", AffinityKey, AffinityEntry),
+    shape!("DATAGRAM_FLOWS", DatagramKey, DatagramFlow),
+    shape!("DATAGRAM_ORIGIN", DatagramKey, DatagramOrigin),
+    shape!("SOCKET_ORIGIN", i32, SocketOrigin),
+    shape!("COUNTERS", u32, u64),
+];
+
+/// What the programs are told at load time.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Settings {
+    /// Cookie of the network namespace that is "the node" (B3); 0: the initial one.
+    pub host_netns: u64,
+    /// Whether the kernel lets a hook choose the error (B2).
+    pub set_retval: bool,
+}
+
+impl Settings {
+    /// The agent's own network namespace is the node's.
+    ///
+    /// # Errors
+    /// If the kernel's version cannot be read.
+    pub fn of_this_host() -> Result<Self, Error> {
+        let (major, minor, patch) = SET_RETVAL_SINCE;
+        let version = KernelVersion::current().map_err(|error| {
+            Error::path("read the kernel version from", "/proc")(std::io::Error::other(error))
+        })?;
+        Ok(Self {
+            host_netns: sys::netns_cookie().unwrap_or(0),
+            set_retval: version >= KernelVersion::new(major, minor, patch),
+        })
+    }
+}
+
+/// Programs that are in the kernel, on pinned maps, attached or not yet.
+pub struct Loaded {
+    ebpf: Ebpf,
+    pins: Pins,
+    /// Which generation of tables they use.
+    pub generation: u32,
+}
+
+impl Loaded {
+    /// Loads the programs on the tables of `generation`, which are made with `limits` if they are not pinned yet.
+    ///
+    /// # Errors
+    /// If the kernel refuses, or a pinned map has another shape.
+    pub fn load(pins: &Pins, generation: u32, limits: Limits, settings: Settings) -> Result<Self, Error> {
+        let tables = pins.tables(generation);
+        std::fs::create_dir_all(&tables).map_err(Error::path("create", &tables))?;
+        let state = pins.state();
+        let pinned = || {
+            TABLES
+                .iter()
+                .map(|s| (s, tables.join(s.name)))
+                .chain(STATE.iter().map(|s| (s, state.join(s.name))))
+        };
+        for (shape, path) in pinned() {
+            check(shape, &path)?;
+        }
+        let set_retval = u32::from(settings.set_retval);
+        let mut loader = EbpfLoader::new();
+        // None of these programs needs the kernel's BTF: parsing it costs 17 ms and 16 MB.
+        loader
+            .btf(None)
+            .override_global("HOST_NETNS", &settings.host_netns, true)
+            .override_global("SET_RETVAL", &set_retval, true)
+            .map_max_entries("FRONTENDS", limits.frontends)
+            .map_max_entries("SERVICES", limits.services)
+            .map_max_entries("SLOTS", limits.slots)
+            .map_max_entries("BACKENDS", limits.backends);
+        for (shape, path) in pinned() {
+            loader.map_pin_path(shape.name, path);
+        }
+        let mut ebpf = loader.load(OBJECT)?;
+        for name in PROGRAMS {
+            program(&mut ebpf, name)?.load().map_err(|source| Error::Program {
+                action: "load",
+                program: name,
+                source,
+            })?;
+        }
+        Ok(Self { ebpf, pins: pins.clone(), generation })
+    }
+
+    /// Attaches every program to the cgroup, or replaces the program of a link that a former run pinned: at no moment
+    /// is a hook without a program. Returns how many links were made and how many were updated.
+    ///
+    /// # Errors
+    /// At the first program that cannot be attached; those before it are.
+    pub fn attach(&mut self, cgroup: &Path) -> Result<(usize, usize), Error> {
+        let directory = File::open(cgroup).map_err(Error::path("open cgroup", cgroup))?;
+        let cgroup_id = directory.metadata().map_err(Error::path("read", cgroup))?.ino();
+        let (mut made, mut updated) = (0, 0);
+        for name in PROGRAMS {
+            let pin = self.pins.links().join(name);
+            let program = program(&mut self.ebpf, name)?;
+            if pin.exists() && update(&pin, program, cgroup_id, name)? {
+                updated += 1;
+                continue;
+            }
+            let attach = |source| Error::Program { action: "attach", program: name, source };
+            // Links always are of the "multi" kind; asking for it by flag is refused (EINVAL).
+            let id = program.attach(&directory, CgroupAttachMode::Single).map_err(attach)?;
+            let link = program.take_link(id).map_err(attach)?;
+            let link: FdLink = link.try_into().map_err(|error| Error::Link {
+                action: "convert",
+                program: name,
+                source: std::io::Error::other(error),
+            })?;
+            let _pinned: PinnedLink = link.pin(&pin).map_err(|error| Error::Link {
+                action: "pin",
+                program: name,
+                source: std::io::Error::other(error),
+            })?;
+            made += 1;
+        }
+        Ok((made, updated))
+    }
+
+    /// A map of the loaded object.
+    ///
+    /// # Errors
+    /// If there is none of that name.
+    pub fn map(&self, name: &'static str) -> Result<&MapData, Error> {
+        map_data(self.ebpf.map(name).ok_or(Error::NoMap(name))?).ok_or(Error::NoMap(name))
+    }
+}
+
+/// Opens a pinned map of the tables or the state.
+///
+/// # Errors
+/// If it is not pinned.
+pub fn open_pinned(pins: &Pins, generation: u32, name: &'static str) -> Result<MapData, Error> {
+    let directory =
+        if TABLES.iter().any(|shape| shape.name == name) { pins.tables(generation) } else { pins.state() };
+    MapData::from_pin(directory.join(name)).map_err(|source| Error::Map { map: name, source })
+}
+
+/// Sums of the per-CPU counters, in the order of [`Outcome::ALL`].
+///
+/// # Errors
+/// If the map is not pinned or cannot be read.
+pub fn counters(pins: &Pins) -> Result<Vec<(&'static str, u64)>, Error> {
+    const NAME: &str = "COUNTERS";
+    let error = |source| Error::Map { map: NAME, source };
+    let map = Map::from_map_data(open_pinned(pins, 0, NAME)?).map_err(error)?;
+    let counters: aya::maps::PerCpuArray<_, u64> = map.try_into().map_err(error)?;
+    let sum = |(index, outcome): (u32, &Outcome)| -> Result<_, Error> {
+        let values = counters.get(&index, 0).map_err(error)?;
+        Ok((outcome.name(), values.iter().sum()))
+    };
+    (0..).zip(Outcome::ALL).map(sum).collect()
+}
+
+/// Links that are pinned, with the cgroup each is attached to: `None` if that cgroup is gone.
+pub fn links(pins: &Pins) -> Vec<(&'static str, Option<u64>)> {
+    let read = |name: &'static str| {
+        let link = sys::object_get(&pins.links().join(name)).ok()?;
+        Some((name, sys::link_cgroup(link.as_fd()).ok().filter(|id| *id != 0)))
+    };
+    PROGRAMS.into_iter().filter_map(read).collect()
+}
+
+fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut CgroupSockAddr, Error> {
+    let program = ebpf.program_mut(name).ok_or(Error::NoProgram(name))?;
+    program.try_into().map_err(|source| Error::Program { action: "use", program: name, source })
+}
+
+/// Puts the program into a pinned link. `false`: the link is of another cgroup, or of one that is gone; it was removed.
+fn update(pin: &Path, program: &CgroupSockAddr, cgroup_id: u64, name: &'static str) -> Result<bool, Error> {
+    let error = |action| move |source| Error::Link { action, program: name, source };
+    let link = sys::object_get(pin).map_err(error("open"))?;
+    if sys::link_cgroup(link.as_fd()).map_err(error("inspect"))? != cgroup_id {
+        tracing::warn!(
+            program = name,
+            "its link is attached to another cgroup, or to one that is gone; replacing it"
+        );
+        std::fs::remove_file(pin).map_err(error("remove"))?;
+        return Ok(false);
+    }
+    let fd = program.fd().map_err(|source| Error::Program { action: "use", program: name, source })?;
+    sys::link_update(link.as_fd(), fd.as_fd()).map_err(error("update"))?;
+    Ok(true)
+}
+
+fn check(shape: &Shape, path: &PathBuf) -> Result<(), Error> {
+    if !path.exists() {
+        return Ok(());
+    }
+    let error = |source| Error::Map { map: shape.name, source };
+    let info = MapData::from_pin(path).map_err(error)?.info().map_err(error)?;
+    for (what, found, needed) in [
+        ("a key size of", info.key_size(), shape.key_bytes),
+        ("a value size of", info.value_size(), shape.value_bytes),
+    ] {
+        if found != needed {
+            return Err(Error::Shape { path: path.clone(), what, found, needed });
+        }
+    }
+    Ok(())
+}
+
+fn map_data(map: &Map) -> Option<&MapData> {
+    match map {
+        Map::HashMap(data)
+        | Map::Array(data)
+        | Map::LruHashMap(data)
+        | Map::PerCpuArray(data)
+        | Map::SkStorage(data)
+        | Map::Unsupported(data) => Some(data),
+        // aya's list grows; the object has no others.
+        _ => None,
+    }
+}

@@ -1,0 +1,279 @@
+//! Wanted state minus written state = writes, in an order that leaves every prefix safe.
+//!
+//! 1. New backends and slots, where nothing points to them.
+//! 2. The set words of each record: the commit. A new record is complete before step 3.
+//! 3. Frontends, new and re-pointed: a frontend that changes hands is never missing (S13).
+//! 4. Frontends that nobody wants any more.
+//! 5. What nothing points to any more rests, and is used again later.
+//!
+//! Only what succeeded is remembered, so a failed write is found again by the next comparison. One Service's failure
+//! does not hold up others (Q5).
+
+mod adopt;
+mod pool;
+mod port;
+mod wanted;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+
+use proxy_common::abi::{FrontendKey, FrontendValue, ServiceId};
+
+use crate::dataplane::{Dataplane, Limits, Write};
+use crate::object::ObjectKey;
+use crate::resolve::ServicePortKey;
+
+pub use pool::REST_MS;
+pub use wanted::{Membership, WantedPort};
+
+use pool::{Places, Runs};
+use port::PortState;
+
+/// Why a Service is not, or not fully, programmed. It is tried again.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A table is full.
+    #[error("{table} is full: it holds {limit} entries (or the free ones still rest)")]
+    Full {
+        /// Map name.
+        table: &'static str,
+        /// Its size.
+        limit: u32,
+    },
+    /// A write failed.
+    #[error("writing {table} failed")]
+    Write {
+        /// Map name.
+        table: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// A set is larger than a set word can say.
+    #[error("{count} endpoints in one set: at most {max} can be programmed")]
+    TooManyEndpoints {
+        /// How many.
+        count: usize,
+        /// The bound.
+        max: u32,
+    },
+}
+
+/// What one Service wants: all its ports, in both families. Empty: it is gone.
+#[derive(Clone, Debug)]
+pub struct WantedService {
+    /// Which Service.
+    pub key: ObjectKey,
+    /// Ports with the frontends that they win (S12).
+    pub ports: Vec<WantedPort>,
+}
+
+/// What a sync did.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// Number of writes that happened.
+    pub writes: usize,
+    /// Services to try again.
+    pub failed: Vec<(ServicePortKey, Error)>,
+}
+
+/// The single writer of the agent-owned maps.
+#[derive(Debug)]
+pub struct Reconciler {
+    limits: Limits,
+    ports: BTreeMap<ServicePortKey, PortState>,
+    /// Records found in the kernel at start that no wanted service port has claimed yet.
+    adopted: BTreeMap<ServiceId, PortState>,
+    /// Records that no service port wants; they stay until no frontend points to them and they have rested.
+    retired: Vec<(u64, PortState)>,
+    /// `FRONTENDS` as written.
+    frontends: BTreeMap<FrontendKey, FrontendValue>,
+    /// How many frontends point to a record.
+    references: BTreeMap<ServiceId, u32>,
+    service_ids: Places,
+    backend_places: Places,
+    /// Last generation of each backend place.
+    generations: Vec<u32>,
+    slots: Runs,
+    /// A frontend could not be removed.
+    lost_track: bool,
+}
+
+impl Reconciler {
+    /// Brings the kernel to what is wanted. With `full`, `wanted` names every Service, and what it does not name goes
+    /// (Q2); otherwise only the named Services change. `now_ms` is any monotonic clock.
+    pub fn sync(
+        &mut self,
+        dataplane: &mut impl Dataplane,
+        wanted: &[WantedService],
+        full: bool,
+        now_ms: u64,
+    ) -> Report {
+        let mut report = Report::default();
+        // Frontends that may have lost their owner.
+        let mut orphans: BTreeMap<FrontendKey, ServiceId> = BTreeMap::new();
+        let mut kept: BTreeSet<FrontendKey> = BTreeSet::new();
+
+        for key in self.gone(wanted, full) {
+            if let Some(state) = self.ports.remove(&key) {
+                orphans.extend(state.frontends.iter().map(|key| (*key, state.id)));
+                self.retired.push((now_ms, state));
+            }
+        }
+        let mut upserts: Vec<(&ServicePortKey, FrontendKey, FrontendValue)> = Vec::new();
+        for port in wanted.iter().flat_map(|service| &service.ports).filter(|port| !port.frontends.is_empty())
+        {
+            let mut state = self.claim(port, dataplane, now_ms);
+            let result = match &mut state {
+                Ok(state) => self.commit(state, port, dataplane, now_ms, &mut report.writes),
+                Err(_) => Ok(()),
+            };
+            let error = match (state, result) {
+                (Ok(mut state), result) => {
+                    orphans.extend(state.frontends.iter().map(|key| (*key, state.id)));
+                    if result.is_ok() {
+                        state.frontends = port.frontends.iter().map(|(key, _)| *key).collect();
+                        for (key, value) in &port.frontends {
+                            upserts.push((&port.key, *key, value.with_service(state.id)));
+                        }
+                    }
+                    self.ports.insert(port.key.clone(), state);
+                    result.err()
+                }
+                (Err(error), _) => Some(error),
+            };
+            if let Some(error) = error {
+                // Not programmed as wanted: what the frontends point to now is the best there is.
+                kept.extend(port.frontends.iter().map(|(key, _)| *key));
+                report.failed.push((port.key.clone(), error));
+            }
+        }
+
+        let stale: Vec<_> = upserts
+            .into_iter()
+            .filter(|(_, key, value)| {
+                kept.insert(*key);
+                self.frontends.get(key) != Some(value)
+            })
+            .collect();
+        let writes: Vec<_> =
+            stale.iter().map(|(_, key, value)| Write::Frontend { key: *key, value: *value }).collect();
+        let mut failures = dataplane.apply(&writes).into_iter().peekable();
+        for (index, (port, key, value)) in stale.iter().enumerate() {
+            if let Some(failure) = failures.next_if(|failure| failure.index == index) {
+                report.failed.push(((*port).clone(), self.write_error("FRONTENDS", failure.error)));
+            } else {
+                report.writes += 1;
+                self.point(*key, *value);
+            }
+        }
+
+        // Written, but wanted by nobody: in a full sync all that was not named, else what a named Service gave up.
+        let orphans: Vec<FrontendKey> = if full {
+            self.frontends.keys().copied().filter(|key| !kept.contains(key)).collect()
+        } else {
+            let still_its = |(key, id): &(FrontendKey, ServiceId)| {
+                !kept.contains(key) && self.frontends.get(key).is_some_and(|value| value.service() == *id)
+            };
+            orphans.into_iter().filter(still_its).map(|(key, _)| key).collect()
+        };
+        let writes: Vec<_> = orphans.iter().map(|key| Write::RemoveFrontend { key: *key }).collect();
+        let mut failures = dataplane.apply(&writes).into_iter().peekable();
+        if full {
+            self.lost_track = false;
+        }
+        for (index, key) in orphans.iter().enumerate() {
+            if let Some(failure) = failures.next_if(|failure| failure.index == index) {
+                tracing::warn!(?key, error = %failure.error, "a frontend that nobody wants could not be removed");
+                self.lost_track = true;
+            } else {
+                report.writes += 1;
+                self.unpoint(key);
+            }
+        }
+
+        if full {
+            self.retired.extend(std::mem::take(&mut self.adopted).into_values().map(|state| (now_ms, state)));
+        }
+        report.writes += self.rest(dataplane, now_ms);
+        report
+    }
+
+    /// Frees what has been retired and has rested; returns the number of writes. Call it again while
+    /// [`Self::has_leftovers`].
+    pub fn rest(&mut self, dataplane: &mut impl Dataplane, now_ms: u64) -> usize {
+        let mut writes = 0;
+        for (retired_ms, state) in std::mem::take(&mut self.retired) {
+            let referenced = self.references.contains_key(&state.id);
+            if referenced || now_ms.saturating_sub(retired_ms) < REST_MS {
+                self.retired.push((retired_ms, state));
+            } else {
+                writes += self.free(state, dataplane, now_ms);
+            }
+        }
+        writes
+    }
+
+    /// Whether retired records still wait.
+    pub fn has_leftovers(&self) -> bool {
+        !self.retired.is_empty()
+    }
+
+    /// Whether a frontend that nobody wants is still written: only a full sync finds it again.
+    pub fn needs_full_sync(&self) -> bool {
+        self.lost_track
+    }
+
+    /// The record of a service port, if it is programmed.
+    pub fn service_id(&self, key: &ServicePortKey) -> Option<ServiceId> {
+        self.ports.get(key).map(|state| state.id)
+    }
+
+    /// Which service port a record belongs to.
+    pub fn names(&self) -> impl Iterator<Item = (ServiceId, &ServicePortKey)> {
+        self.ports.iter().map(|(key, state)| (state.id, key))
+    }
+
+    /// Service ports that are programmed but no longer wanted.
+    fn gone(&self, wanted: &[WantedService], full: bool) -> Vec<ServicePortKey> {
+        let wanted_ports: BTreeSet<&ServicePortKey> = wanted
+            .iter()
+            .flat_map(|service| &service.ports)
+            .filter(|port| !port.frontends.is_empty())
+            .map(|port| &port.key)
+            .collect();
+        let is_gone = |key: &&ServicePortKey| !wanted_ports.contains(key);
+        if full {
+            return self.ports.keys().filter(is_gone).cloned().collect();
+        }
+        let of_service = |service: &WantedService| {
+            let first = ServicePortKey::first_of(&service.key);
+            let key = service.key.clone();
+            self.ports.range(first..).map(|(key, _)| key).take_while(move |port| port.service == key)
+        };
+        wanted.iter().flat_map(of_service).filter(is_gone).cloned().collect()
+    }
+
+    fn point(&mut self, key: FrontendKey, value: FrontendValue) {
+        self.unpoint(&key);
+        self.frontends.insert(key, value);
+        *self.references.entry(value.service()).or_default() += 1;
+    }
+
+    fn unpoint(&mut self, key: &FrontendKey) {
+        let Some(old) = self.frontends.remove(key) else { return };
+        if let Some(count) = self.references.get_mut(&old.service()) {
+            *count -= 1;
+            if *count == 0 {
+                self.references.remove(&old.service());
+            }
+        }
+    }
+
+    fn write_error(&self, table: &'static str, source: io::Error) -> Error {
+        if source.raw_os_error() == Some(libc::E2BIG) {
+            Error::Full { table, limit: self.limits.frontends }
+        } else {
+            Error::Write { table, source }
+        }
+    }
+}

@@ -1,0 +1,424 @@
+//! One service port's record: claiming one, bringing it to what is wanted, freeing it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+
+use proxy_common::abi::{
+    AffinityWord, Backend, BackendId, FrontendKey, Port, ServiceId, ServiceRecord, SetWord, WhenEmpty,
+};
+
+use super::{Error, Membership, Reconciler, WantedPort};
+use crate::dataplane::{Dataplane, RecordWord, Write};
+
+/// What is written for one service port.
+#[derive(Debug)]
+pub(super) struct PortState {
+    pub(super) id: ServiceId,
+    /// The words as written.
+    pub(super) record: ServiceRecord,
+    /// The runs that the words point to, in the order of [`SETS`].
+    pub(super) runs: [Run; 3],
+    /// Backends of the cluster and the local set.
+    pub(super) members: BTreeMap<SocketAddr, Member>,
+    /// Backends that left both sets and still serve. One that comes back to a set gets a new id there, so that affinity
+    /// does not draw its old clients back (A4), while datagram flows stay with the old one (C2).
+    pub(super) drained: BTreeMap<SocketAddr, Member>,
+    /// Frontends that point here, or will.
+    pub(super) frontends: BTreeSet<FrontendKey>,
+}
+
+/// A run of slots.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(super) struct Run {
+    pub(super) first: u32,
+    /// Sorted.
+    pub(super) ids: Vec<BackendId>,
+}
+
+/// A backend as written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Member {
+    pub(super) id: BackendId,
+    pub(super) serving: bool,
+}
+
+/// The record's words that are sets.
+pub(super) const SETS: [RecordWord; 3] = [RecordWord::Cluster, RecordWord::Local, RecordWord::Draining];
+
+impl PortState {
+    pub(super) fn new(id: ServiceId, record: ServiceRecord) -> Self {
+        Self {
+            id,
+            record,
+            runs: Default::default(),
+            members: BTreeMap::new(),
+            drained: BTreeMap::new(),
+            frontends: BTreeSet::new(),
+        }
+    }
+
+    fn backends(&self) -> BTreeSet<BackendId> {
+        self.members.values().chain(self.drained.values()).map(|member| member.id).collect()
+    }
+}
+
+impl Run {
+    /// Sets are bounded by [`SetWord::MAX_COUNT`] before a run is made.
+    pub(super) fn len(&self) -> u32 {
+        u32::try_from(self.ids.len()).unwrap_or(SetWord::MAX_COUNT)
+    }
+}
+
+/// What a port's record shall become; ids are given out, nothing is written.
+struct Next {
+    members: BTreeMap<SocketAddr, Member>,
+    drained: BTreeMap<SocketAddr, Member>,
+    new_ids: Vec<BackendId>,
+    writes: Vec<Write>,
+}
+
+impl Reconciler {
+    /// The record of this service port: its own, else one found in the kernel that one of its frontends points to, else
+    /// a new one.
+    pub(super) fn claim(
+        &mut self,
+        port: &WantedPort,
+        dataplane: &impl Dataplane,
+        now_ms: u64,
+    ) -> Result<PortState, Error> {
+        if let Some(state) = self.ports.remove(&port.key) {
+            return Ok(state);
+        }
+        for (key, _) in &port.frontends {
+            if let Some(state) =
+                self.frontends.get(key).and_then(|value| self.adopted.remove(&value.service()))
+            {
+                return Ok(state);
+            }
+        }
+        let full = Error::Full { table: "SERVICES", limit: self.limits.services };
+        let id = self.service_ids.take(now_ms).ok_or(full)?;
+        // Whatever a former tenant left there is compared, not assumed.
+        Ok(PortState::new(id, dataplane.record(id)))
+    }
+
+    /// Steps 1 and 2 of the commit. After an error the record still is, word by word, either as before or as wanted.
+    pub(super) fn commit(
+        &mut self,
+        state: &mut PortState,
+        port: &WantedPort,
+        dataplane: &mut impl Dataplane,
+        now_ms: u64,
+        written: &mut usize,
+    ) -> Result<(), Error> {
+        let mut next = self.next(state, port, now_ms)?;
+        let wanted_ids: [Option<Vec<BackendId>>; 3] = [
+            port.uses_cluster_set.then(|| ids(&next.members, port, |m| m.cluster)),
+            port.uses_local_set.then(|| ids(&next.members, port, |m| m.local)),
+            (!next.drained.is_empty()).then(|| sorted(next.drained.values().map(|member| member.id))),
+        ];
+        let runs = match self.place(state, wanted_ids, &mut next.writes, now_ms) {
+            Ok(runs) => runs,
+            Err(error) => {
+                self.forget(&next.new_ids, &[]);
+                return Err(error);
+            }
+        };
+        let failures = dataplane.apply(&next.writes);
+        *written += next.writes.len() - failures.len();
+        if let Some(failure) = failures.into_iter().next() {
+            let table = match next.writes.get(failure.index) {
+                Some(Write::Slot { .. }) => "SLOTS",
+                _ => "BACKENDS",
+            };
+            let unused: Vec<&Run> = runs.iter().filter_map(|(run, _)| run.as_ref()).collect();
+            self.forget(&next.new_ids, &unused);
+            return Err(Error::Write { table, source: failure.error });
+        }
+        let before = state.backends();
+        let result = self.store_words(state, port, runs, dataplane, now_ms, written);
+        if result.is_err() {
+            // Some words may point to old members, others to new ones: keep all, the next comparison sorts it out.
+            state.members.append(&mut next.members);
+            state.drained.append(&mut next.drained);
+            return result;
+        }
+        state.members = next.members;
+        state.drained = next.drained;
+        let after = state.backends();
+        *written += self.vacate(before.difference(&after).copied(), dataplane, now_ms);
+        Ok(())
+    }
+
+    /// Gives every wanted endpoint its backend id, keeping the ids of those that stay.
+    fn next(&mut self, state: &PortState, port: &WantedPort, now_ms: u64) -> Result<Next, Error> {
+        let mut next = Next {
+            members: BTreeMap::new(),
+            drained: BTreeMap::new(),
+            new_ids: Vec::new(),
+            writes: Vec::new(),
+        };
+        for (address, membership) in &port.endpoints {
+            let serving = membership.serving;
+            let old = state.members.get(address);
+            let drained = state.drained.get(address);
+            let mut keep = |member: &Member, into: &mut BTreeMap<SocketAddr, Member>| {
+                if member.serving != serving {
+                    let value = backend(*address, serving, member.id);
+                    next.writes.push(Write::Backend { index: member.id.index(), value });
+                }
+                into.insert(*address, Member { id: member.id, serving });
+            };
+            if membership.in_a_set() {
+                match old {
+                    Some(member) => keep(member, &mut next.members),
+                    None => {
+                        let Some(id) = self.new_backend(now_ms) else {
+                            self.forget(&next.new_ids, &[]);
+                            return Err(Error::Full { table: "BACKENDS", limit: self.limits.backends });
+                        };
+                        next.new_ids.push(id);
+                        let value = backend(*address, serving, id);
+                        next.writes.push(Write::Backend { index: id.index(), value });
+                        next.members.insert(*address, Member { id, serving });
+                    }
+                }
+                if let (Some(member), true) = (drained, serving) {
+                    next.drained.insert(*address, *member);
+                }
+            } else if serving {
+                // The younger id has the younger flows.
+                if let Some(member) = old.or(drained) {
+                    keep(member, &mut next.drained);
+                }
+            }
+        }
+        Ok(next)
+    }
+
+    /// Finds a run for every set that changed and writes its slots. For each set: the new run, if there is one, and the
+    /// word that commits it.
+    fn place(
+        &mut self,
+        state: &PortState,
+        wanted: [Option<Vec<BackendId>>; 3],
+        writes: &mut Vec<Write>,
+        now_ms: u64,
+    ) -> Result<[(Option<Run>, Placed); 3], Error> {
+        let mut placed: [(Option<Run>, Placed); 3] = Default::default();
+        for (index, ids) in wanted.into_iter().enumerate() {
+            let (Some(current), Some(to)) = (state.runs.get(index), placed.get_mut(index)) else { continue };
+            let Some(ids) = ids else {
+                *to = (None, Placed::Absent);
+                continue;
+            };
+            if current.ids == ids {
+                *to = (None, Placed::Same);
+                continue;
+            }
+            let count = ids.len();
+            let too_many = Error::TooManyEndpoints { count, max: SetWord::MAX_COUNT };
+            let result = u32::try_from(count)
+                .ok()
+                .filter(|count| *count <= SetWord::MAX_COUNT)
+                .ok_or(too_many)
+                .and_then(|count| {
+                    let full = Error::Full { table: "SLOTS", limit: self.limits.slots };
+                    self.slots.take(count, now_ms).ok_or(full)
+                });
+            match result {
+                Ok(first) => {
+                    let numbered = (first..).zip(&ids);
+                    writes.extend(numbered.map(|(index, id)| Write::Slot { index, value: *id }));
+                    *to = (Some(Run { first, ids }), Placed::Moved);
+                }
+                Err(error) => {
+                    for run in placed.iter().filter_map(|(run, _)| run.as_ref()) {
+                        self.slots.give_unseen(run.first, run.len());
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        Ok(placed)
+    }
+
+    /// Step 2: one atomic store for each word that changed.
+    fn store_words(
+        &mut self,
+        state: &mut PortState,
+        port: &WantedPort,
+        runs: [(Option<Run>, Placed); 3],
+        dataplane: &mut impl Dataplane,
+        now_ms: u64,
+        written: &mut usize,
+    ) -> Result<(), Error> {
+        let mut result = Ok(());
+        for ((word, (run, placed)), current) in SETS.into_iter().zip(runs).zip(&mut state.runs) {
+            let run = match placed {
+                Placed::Absent => Run::default(),
+                Placed::Same | Placed::Moved => run.unwrap_or_else(|| current.clone()),
+            };
+            let bits = match placed {
+                Placed::Absent => SetWord::ABSENT.bits(),
+                Placed::Same | Placed::Moved => {
+                    SetWord::new(run.first, run.len(), when_empty(word, port)).bits()
+                }
+            };
+            let stored = store(dataplane, state.id, word, word.read(&state.record), bits, written);
+            match stored {
+                Ok(()) => {
+                    set_word(&mut state.record, word, bits);
+                    let old = std::mem::replace(current, run);
+                    if old.first != current.first || old.ids != current.ids {
+                        self.slots.give(old.first, old.len(), now_ms);
+                    }
+                }
+                Err(error) => {
+                    if placed == Placed::Moved {
+                        self.slots.give_unseen(run.first, run.len());
+                    }
+                    result = Err(error);
+                }
+            }
+        }
+        let affinity = next_affinity(state.record.affinity, port.affinity_timeout_s);
+        store(
+            dataplane,
+            state.id,
+            RecordWord::Affinity,
+            state.record.affinity.bits(),
+            affinity.bits(),
+            written,
+        )?;
+        state.record.affinity = affinity;
+        result
+    }
+
+    /// Step 5: the record and all that it held.
+    pub(super) fn free(&mut self, state: PortState, dataplane: &mut impl Dataplane, now_ms: u64) -> usize {
+        let writes = self.vacate(state.backends().into_iter(), dataplane, now_ms);
+        for run in &state.runs {
+            self.slots.give(run.first, run.len(), now_ms);
+        }
+        self.service_ids.give(state.id, now_ms);
+        writes
+    }
+
+    /// Tells flows that these backends are gone; their places rest. A place whose write fails keeps its tenant's
+    /// content: the id is not given out for that generation again, and no set points to it.
+    fn vacate(
+        &mut self,
+        ids: impl Iterator<Item = BackendId>,
+        dataplane: &mut impl Dataplane,
+        now_ms: u64,
+    ) -> usize {
+        let writes: Vec<Write> = ids
+            .map(|id| Write::Backend { index: id.index(), value: Backend::vacant(id.generation()) })
+            .collect();
+        for write in &writes {
+            if let Write::Backend { index, .. } = write {
+                self.backend_places.give(*index, now_ms);
+            }
+        }
+        writes.len() - dataplane.apply(&writes).len()
+    }
+
+    fn new_backend(&mut self, now_ms: u64) -> Option<BackendId> {
+        let index = self.backend_places.take(now_ms)?;
+        let place = index as usize;
+        if self.generations.len() <= place {
+            self.generations.resize(place + 1, 0);
+        }
+        let generation = self.generations.get_mut(place)?;
+        // 0 is never real.
+        *generation = generation.wrapping_add(1).max(1);
+        Some(BackendId::new(index, *generation))
+    }
+
+    /// Gives back what was taken for a commit that did not happen.
+    fn forget(&mut self, ids: &[BackendId], runs: &[&Run]) {
+        for id in ids {
+            self.backend_places.give_unseen(id.index());
+        }
+        for run in runs {
+            self.slots.give_unseen(run.first, run.len());
+        }
+    }
+}
+
+/// What becomes of a set.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+enum Placed {
+    /// Not used.
+    #[default]
+    Absent,
+    /// Stays where it is.
+    Same,
+    /// Goes to a new run.
+    Moved,
+}
+
+fn when_empty(word: RecordWord, port: &WantedPort) -> WhenEmpty {
+    match word {
+        // Nobody connects through it; one value, so that nothing is written for nothing.
+        RecordWord::Draining => WhenEmpty::Reject,
+        RecordWord::Cluster | RecordWord::Local | RecordWord::Affinity => port.when_empty,
+    }
+}
+
+fn store(
+    dataplane: &mut impl Dataplane,
+    service: ServiceId,
+    word: RecordWord,
+    old: u64,
+    bits: u64,
+    written: &mut usize,
+) -> Result<(), Error> {
+    if old == bits {
+        return Ok(());
+    }
+    match dataplane.apply(&[Write::Word { service, word, bits }]).into_iter().next() {
+        Some(failure) => Err(Error::Write { table: "SERVICES", source: failure.error }),
+        None => {
+            *written += 1;
+            Ok(())
+        }
+    }
+}
+
+fn set_word(record: &mut ServiceRecord, word: RecordWord, bits: u64) {
+    match word {
+        RecordWord::Cluster => record.cluster = SetWord::from_bits(bits),
+        RecordWord::Local => record.local = SetWord::from_bits(bits),
+        RecordWord::Draining => record.draining = SetWord::from_bits(bits),
+        RecordWord::Affinity => record.affinity = AffinityWord::from_bits(bits),
+    }
+}
+
+/// A6: switched on anew, old entries are not believed; a changed time-out rules them at once.
+fn next_affinity(current: AffinityWord, timeout_s: Option<u32>) -> AffinityWord {
+    let wanted = timeout_s.unwrap_or(0);
+    let switched_on = current.timeout_s() == 0 && wanted != 0;
+    let epoch = if switched_on { current.epoch().wrapping_add(1) } else { current.epoch() };
+    AffinityWord::new(wanted, epoch)
+}
+
+fn ids(
+    members: &BTreeMap<SocketAddr, Member>,
+    port: &WantedPort,
+    belongs: impl Fn(&Membership) -> bool,
+) -> Vec<BackendId> {
+    let in_set = port.endpoints.iter().filter(|(_, membership)| belongs(membership));
+    sorted(in_set.filter_map(|(address, _)| members.get(address)).map(|member| member.id))
+}
+
+fn sorted(ids: impl Iterator<Item = BackendId>) -> Vec<BackendId> {
+    let mut ids: Vec<_> = ids.collect();
+    ids.sort_unstable();
+    ids
+}
+
+fn backend(address: SocketAddr, serving: bool, id: BackendId) -> Backend {
+    Backend::new(address.ip().into(), Port::new(address.port()), serving, id.generation())
+}
