@@ -125,7 +125,8 @@ impl Mapping<Backend> {
         let generation = unsafe { AtomicU32::from_ptr(generation.cast().as_ptr()) };
         if generation.load(Ordering::Relaxed) != value.generation {
             generation.store(0, Ordering::Release);
-            let fresh = Backend { generation: 0, ..value };
+            let mut fresh = value;
+            fresh.generation = 0;
             // SAFETY: in the mapping, 4-byte aligned as `Backend` needs; no id names generation 0, so nobody reads it.
             unsafe { entry.cast::<Backend>().write_volatile(fresh) };
             generation.store(value.generation, Ordering::Release);

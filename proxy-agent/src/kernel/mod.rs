@@ -41,9 +41,6 @@ pub enum Error {
     /// A program that should be in the object is not.
     #[error("the object has no program {0}")]
     NoProgram(&'static str),
-    /// A map that should be in the object is not.
-    #[error("the object has no map {0}")]
-    NoMap(&'static str),
     /// A map's pin or information.
     #[error("map {map}")]
     Map {
@@ -60,9 +57,9 @@ pub enum Error {
         /// Which property.
         what: &'static str,
         /// As pinned.
-        found: u32,
+        found: usize,
         /// As needed.
-        needed: u32,
+        needed: usize,
     },
     /// A link.
     #[error("{action} the link of {program}")]

@@ -38,13 +38,13 @@ const SET_RETVAL_SINCE: (u8, u8, u16) = (5, 18, 0);
 /// A map as the object declares it, for the check of a pin: aya takes any pin, of whatever shape.
 struct Shape {
     name: &'static str,
-    key_bytes: u32,
-    value_bytes: u32,
+    key_bytes: usize,
+    value_bytes: usize,
 }
 
 macro_rules! shape {
     ($name:literal, $key:ty, $value:ty) => {
-        Shape { name: $name, key_bytes: size_of::<$key>() as u32, value_bytes: size_of::<$value>() as u32 }
+        Shape { name: $name, key_bytes: size_of::<$key>(), value_bytes: size_of::<$value>() }
     };
 }
 
@@ -176,14 +176,6 @@ impl Loaded {
         }
         Ok((made, updated))
     }
-
-    /// A map of the loaded object.
-    ///
-    /// # Errors
-    /// If there is none of that name.
-    pub fn map(&self, name: &'static str) -> Result<&MapData, Error> {
-        map_data(self.ebpf.map(name).ok_or(Error::NoMap(name))?).ok_or(Error::NoMap(name))
-    }
 }
 
 /// Opens a pinned map of the tables or the state.
@@ -253,22 +245,10 @@ fn check(shape: &Shape, path: &PathBuf) -> Result<(), Error> {
         ("a key size of", info.key_size(), shape.key_bytes),
         ("a value size of", info.value_size(), shape.value_bytes),
     ] {
+        let found = found as usize;
         if found != needed {
             return Err(Error::Shape { path: path.clone(), what, found, needed });
         }
     }
     Ok(())
-}
-
-fn map_data(map: &Map) -> Option<&MapData> {
-    match map {
-        Map::HashMap(data)
-        | Map::Array(data)
-        | Map::LruHashMap(data)
-        | Map::PerCpuArray(data)
-        | Map::SkStorage(data)
-        | Map::Unsupported(data) => Some(data),
-        // aya's list grows; the object has no others.
-        _ => None,
-    }
 }
