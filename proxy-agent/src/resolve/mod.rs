@@ -1,12 +1,135 @@
 //! From objects to what must be programmed, per service port and family. Pure: no clock, no IO, sorted everywhere.
+//!
+//! * `facts`: what holds for the whole node (N1–N4, M1), once.
+//! * `endpoints`: which endpoints a port has (E) and which of them its two sets hold, with reasons (P).
+//! * `frontends`: which VIPs a port wants (S8, S10, N, X) and who is served from which set there (P10, P11).
+//! * here: one Service, all of its ports and families.
+
+mod endpoints;
+mod facts;
+mod frontends;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 use proxy_common::abi::FrontendKind;
 
-use crate::object::{Family, Node, ObjectKey, PerFamily, Problem, Protocol};
+use self::endpoints::{Endpoints, Needs, ThisNode};
+pub use self::frontends::frontend_value;
+use crate::object::{Family, Node, ObjectKey, PerFamily, Problem, Protocol, Service, ServicePort, Slice};
+
+/// Resolves one Service: one entry per service port and family, sorted by key, and what could not be used.
+///
+/// `slices` are those of the Service (E2); others are skipped. The order of slices and of endpoints does not matter
+/// (E10). The cost depends on this Service and its slices alone.
+pub fn resolve<'a>(
+    service: &Service,
+    slices: impl IntoIterator<Item = &'a Slice>,
+    context: &Context,
+    facts: &NodeFacts,
+) -> (Vec<Resolved>, Vec<Problem>) {
+    let (mut resolved, mut problems) = (Vec::new(), Vec::new());
+    // S1, S2: to all that follows, such a Service does not exist.
+    if !service.proxied {
+        return (resolved, problems);
+    }
+    let slices: Vec<&Slice> = slices.into_iter().filter(|slice| owns(service, slice)).collect();
+    let ports = distinct_ports(service, &mut problems);
+    let node = ThisNode {
+        name: &context.node_name,
+        zone: context.node.as_ref().and_then(|node| node.zone.as_deref()).filter(|zone| !zone.is_empty()),
+    };
+    for family in Family::ALL {
+        // S4: without a cluster IP of the family there is no node port and no external VIP of it either.
+        let Some(cluster_ip) = *service.cluster_ip.get(family) else { continue };
+        let endpoints = Endpoints::merge(&slices, family, &node, &mut problems);
+        let ranges = frontends::source_ranges(service, family, &mut problems);
+        let load_balancer_ips = of_family(&service.load_balancer_ips, family);
+        // F4: the node itself may dial a VIP that is also its own address, and then the VIP is the source.
+        let source_exceptions = match facts.primary.get(family) {
+            Some(primary) if ranges.iter().any(|range| range.contains(primary)) => load_balancer_ips.clone(),
+            Some(_) | None => BTreeSet::new(),
+        };
+        let external_ips = of_family(&service.external_ips, family);
+        for port in &ports {
+            // X1: the gate takes the frontends away, but P2 still counts the field.
+            let has_external =
+                port.node_port.is_some() || !load_balancer_ips.is_empty() || !external_ips.is_empty();
+            let needs = Needs {
+                cluster: !service.internal_local || has_external,
+                local: service.internal_local || (service.external_local && has_external),
+            };
+            let sets = endpoints.sets(port, needs, &node);
+            resolved.push(Resolved {
+                key: ServicePortKey {
+                    service: service.key.clone(),
+                    port_name: port.name.clone(),
+                    protocol: port.protocol,
+                    family,
+                },
+                frontends: frontends::wanted(service, port, cluster_ip, context, facts),
+                cluster_set: sets.cluster,
+                local_set: sets.local,
+                draining: sets.draining,
+                has_any_endpoints: sets.has_any,
+                internal_local: service.internal_local,
+                external_local: service.external_local,
+                affinity_timeout_s: service.affinity_timeout_s,
+                source_ranges: ranges.clone(),
+                source_exceptions: source_exceptions.iter().copied().collect(),
+                health_check_node_port: service.health_check_node_port,
+                local_ready_endpoints: endpoints.local_ready,
+                created_s: service.created_s,
+                endpoints: sets.views,
+            });
+        }
+    }
+    resolved.sort_by(|a, b| a.key.cmp(&b.key));
+    problems.sort();
+    problems.dedup();
+    (resolved, problems)
+}
+
+/// E2.
+fn owns(service: &Service, slice: &Slice) -> bool {
+    slice.key.namespace == service.key.namespace && slice.service.as_ref() == Some(&service.key.name)
+}
+
+fn of_family(addresses: &[IpAddr], family: Family) -> BTreeSet<IpAddr> {
+    addresses.iter().copied().filter(|address| Family::of(address) == family).collect()
+}
+
+/// S12 inside one Service: names and numbers are unique by the API, but files are not checked by one.
+fn distinct_ports<'a>(service: &'a Service, problems: &mut Vec<Problem>) -> Vec<&'a ServicePort> {
+    let (mut names, mut numbers) = (BTreeSet::new(), BTreeSet::new());
+    let mut distinct = Vec::new();
+    for (index, port) in service.ports.iter().enumerate() {
+        let twice = if names.contains(&(&port.name, port.protocol)) {
+            Some(format!("the name {:?} with {} is there twice", port.name, port.protocol.name()))
+        } else if numbers.contains(&(port.port, port.protocol)) {
+            Some(format!("{}/{} is there twice", port.port, port.protocol.name()))
+        } else {
+            None
+        };
+        match twice {
+            Some(what) => problems.push(Problem {
+                object: format!("Service {}", service.key),
+                field: format!("spec.ports[{index}]"),
+                message: format!("{what}: this later port is ignored (S12)"),
+            }),
+            None => {
+                names.insert((&port.name, port.protocol));
+                numbers.insert((port.port, port.protocol));
+                distinct.push(port);
+            }
+        }
+    }
+    distinct
+}
 
 /// The unit of work (S7), in one family (S4).
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -19,6 +142,13 @@ pub struct ServicePortKey {
     pub protocol: Protocol,
     /// The family.
     pub family: Family,
+}
+
+impl fmt::Display for ServicePortKey {
+    /// `namespace/name:port/protocol`; the port's name may be empty, the colon always stands.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}/{}", self.service, self.port_name, self.protocol.name())
+    }
 }
 
 /// What `resolve` must know besides the Service and its slices.
@@ -53,6 +183,18 @@ pub struct Policy {
     pub no_external_ips: bool,
     /// Frontends to leave alone (P14).
     pub excluded_frontends: Vec<ExcludedFrontend>,
+}
+
+impl Policy {
+    /// Whether the operator asked to leave this VIP alone (P14).
+    pub fn excludes(&self, address: IpAddr, port: u16, protocol: Protocol) -> bool {
+        self.excluded_frontends.iter().any(|excluded| {
+            excluded.address == address
+                && excluded.port.is_none_or(|(number, only)| {
+                    number == port && only.is_none_or(|excluded| excluded == protocol)
+                })
+        })
+    }
 }
 
 /// `--nodeport-addresses` (N2, N3).
@@ -172,7 +314,7 @@ pub struct NodeFacts {
     pub detects_local_pods: PerFamily<bool>,
     /// M1: ranges that tell them, in the CIDR modes.
     pub local_pod_cidrs: Vec<IpNet>,
-    /// What is odd, for the log.
+    /// What is odd, for the log and `sheave plan`.
     pub problems: Vec<Problem>,
 }
 
