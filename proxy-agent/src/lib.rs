@@ -6,6 +6,7 @@
 //!
 //! Sources only report; `model`, `resolve` and `plan` are pure; only `dataplane` touches the kernel.
 
+pub mod claims;
 pub mod dataplane;
 pub mod kernel;
 pub mod object;
