@@ -9,7 +9,9 @@
 pub mod claims;
 pub mod dataplane;
 pub mod kernel;
+pub mod model;
 pub mod object;
 pub mod reconcile;
 pub mod resolve;
 pub mod source;
+pub mod wanted;

@@ -1,0 +1,229 @@
+//! The state that sources report: Services, slices, the own node. Pure; what changed is marked and taken in one go.
+
+mod store;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use self::store::Store;
+use crate::object::{Change, Delta, Node, ObjectKey, Problem, Service, Slice};
+use crate::resolve::{Context, NodeFacts, Policy, Resolved, resolve};
+
+/// Services whose data, slices or node facts changed. A Service named here may be gone.
+pub type Dirty = BTreeSet<ObjectKey>;
+
+/// Where the addresses on this node's interfaces come from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum OwnAddresses {
+    /// From [`Change::OwnAddresses`]; nothing is ready before the first one.
+    Reported,
+    /// Offline: the own Node's `status.addresses` are taken to be on an interface.
+    FromNode,
+}
+
+/// Everything that was reported.
+#[derive(Debug)]
+pub struct Model {
+    services: Store<Service>,
+    slices: Store<Slice>,
+    /// Slices of each Service, also of Services that are not there yet or no more (E3).
+    slices_of: BTreeMap<ObjectKey, BTreeSet<ObjectKey>>,
+    nodes: NodeState,
+    own_addresses: OwnAddresses,
+    own_addresses_known: bool,
+    context: Context,
+    facts: NodeFacts,
+    dirty: Dirty,
+}
+
+/// What is known of the own Node besides its last good state, which the context holds.
+#[derive(Debug, Default)]
+struct NodeState {
+    complete: bool,
+    unreadable: BTreeSet<Problem>,
+}
+
+impl Model {
+    /// Empty. `node_name` may be empty: then nothing is local (E8).
+    pub fn new(node_name: impl Into<String>, policy: Policy, own_addresses: OwnAddresses) -> Self {
+        let context =
+            Context { node_name: node_name.into(), node: None, own_addresses: BTreeSet::new(), policy };
+        Self {
+            services: Store::default(),
+            slices: Store::default(),
+            slices_of: BTreeMap::new(),
+            nodes: NodeState::default(),
+            own_addresses,
+            own_addresses_known: own_addresses == OwnAddresses::FromNode,
+            facts: NodeFacts::new(&context),
+            context,
+            dirty: Dirty::new(),
+        }
+    }
+
+    /// Takes in what a source reports and marks the Services that it changes (S11).
+    pub fn apply(&mut self, change: Change) {
+        match change {
+            Change::Service(delta) => {
+                for (key, _) in self.services.apply(delta) {
+                    self.dirty.insert(key);
+                }
+            }
+            Change::Slice(delta) => self.apply_slices(delta),
+            Change::Node(delta) => self.apply_node(delta),
+            Change::OwnAddresses(addresses) => {
+                self.own_addresses_known = true;
+                if self.own_addresses == OwnAddresses::Reported {
+                    self.context.own_addresses = canonical(&addresses);
+                    self.renew_facts(false);
+                }
+            }
+        }
+    }
+
+    fn apply_slices(&mut self, delta: Delta<Slice>) {
+        for (key, old) in self.slices.apply(delta) {
+            // E2: a slice whose label changed leaves its old Service and joins the new one.
+            if let Some(owner) = old.as_ref().and_then(owner) {
+                if let Some(keys) = self.slices_of.get_mut(&owner) {
+                    keys.remove(&key);
+                    if keys.is_empty() {
+                        self.slices_of.remove(&owner);
+                    }
+                }
+                self.mark(owner);
+            }
+            if let Some(owner) = self.slices.get(&key).and_then(owner) {
+                self.slices_of.entry(owner.clone()).or_default().insert(key);
+                self.mark(owner);
+            }
+        }
+    }
+
+    /// A Service that is not there needs no work (E3); it is marked when it comes.
+    fn mark(&mut self, service: ObjectKey) {
+        if self.services.get(&service).is_some() {
+            self.dirty.insert(service);
+        }
+    }
+
+    fn apply_node(&mut self, delta: Delta<Node>) {
+        let reads = match delta {
+            Delta::List(reads) => {
+                self.nodes.complete = true;
+                self.nodes.unreadable.clear();
+                reads
+            }
+            Delta::Apply(read) => vec![read],
+            // P9: a Node that is gone, from here or from a list, keeps its last state in force.
+            Delta::Delete(_) => return,
+        };
+        for read in reads {
+            match read {
+                Ok(node) if node.name == self.context.node_name => {
+                    self.nodes.unreadable.clear();
+                    self.set_node(node);
+                }
+                Ok(_) => {}
+                Err(unreadable) => {
+                    if unreadable.key.is_none_or(|key| key.name == self.context.node_name)
+                        && self.nodes.unreadable.len() < store::MAX_NAMELESS
+                    {
+                        self.nodes.unreadable.insert(unreadable.problem);
+                    }
+                }
+            }
+        }
+    }
+
+    fn set_node(&mut self, node: Node) {
+        if self.own_addresses == OwnAddresses::FromNode {
+            self.context.own_addresses = canonical(&node.addresses);
+        }
+        // P9: of the labels only the zone counts.
+        let zone_changed = self.context.node.as_ref().and_then(|old| old.zone.as_ref()) != node.zone.as_ref();
+        self.context.node = Some(node);
+        self.renew_facts(zone_changed);
+    }
+
+    fn renew_facts(&mut self, changed: bool) {
+        let facts = NodeFacts::new(&self.context);
+        if changed || !facts.same_effect(&self.facts) {
+            self.dirty.extend(self.services.keys().cloned());
+        }
+        self.facts = facts;
+    }
+
+    /// Whether every list is complete, so that absence means something (Q1). Nothing may be written before.
+    pub fn ready(&self) -> bool {
+        self.services.complete && self.slices.complete && self.nodes.complete && self.own_addresses_known
+    }
+
+    /// The Services that changed since the last call.
+    pub fn take_dirty(&mut self) -> Dirty {
+        std::mem::take(&mut self.dirty)
+    }
+
+    /// All Services, also those that are not proxied.
+    pub fn services(&self) -> impl Iterator<Item = &ObjectKey> {
+        self.services.keys()
+    }
+
+    /// One Service, if it is there.
+    pub fn service(&self, key: &ObjectKey) -> Option<&Service> {
+        self.services.get(key)
+    }
+
+    /// What one Service wants now; `None` if it is not there. Empty if it is there and not proxied (S1, S2).
+    pub fn resolve(&self, key: &ObjectKey) -> Option<(Vec<Resolved>, Vec<Problem>)> {
+        let service = self.services.get(key)?;
+        let keys = self.slices_of.get(key).into_iter().flatten();
+        let slices = keys.filter_map(|key| self.slices.get(key));
+        Some(resolve(service, slices, &self.context, &self.facts))
+    }
+
+    /// Node name, own Node, own addresses, options.
+    pub const fn context(&self) -> &Context {
+        &self.context
+    }
+
+    /// What follows from the context for every Service.
+    pub const fn facts(&self) -> &NodeFacts {
+        &self.facts
+    }
+
+    /// What cannot be used in the objects themselves, sorted; what resolving finds is not among it.
+    pub fn problems(&self) -> Vec<Problem> {
+        let mut problems: BTreeSet<Problem> = BTreeSet::new();
+        problems.extend(self.services.problems().cloned());
+        problems.extend(self.slices.problems().cloned());
+        problems.extend(self.nodes.unreadable.iter().cloned());
+        problems.extend(self.facts.problems.iter().cloned());
+        match &self.context.node {
+            Some(node) => problems.extend(node.problems.iter().cloned()),
+            // O4: a wrong name makes every endpoint remote, and nothing else would say so.
+            None if self.nodes.complete => {
+                problems.insert(Problem {
+                    object: format!("Node {}", self.context.node_name),
+                    field: String::new(),
+                    message: "not found: without it this node has no zone and no pod range (O4, P9)"
+                        .to_owned(),
+                });
+            }
+            None => {}
+        }
+        problems.into_iter().collect()
+    }
+}
+
+/// E2.
+fn owner(slice: &Slice) -> Option<ObjectKey> {
+    let name = slice.service.as_deref().filter(|name| !name.is_empty())?;
+    Some(ObjectKey::new(slice.key.namespace.clone(), name))
+}
+
+fn canonical(addresses: &[IpAddr]) -> BTreeSet<IpAddr> {
+    addresses.iter().map(IpAddr::to_canonical).filter(|address| !address.is_loopback()).collect()
+}
