@@ -14,4 +14,5 @@ pub mod object;
 pub mod reconcile;
 pub mod resolve;
 pub mod source;
+pub mod view;
 pub mod wanted;
