@@ -1,2 +1,10 @@
-//! The `sheave` binary.
-fn main() {}
+//! The `sheave` binary: parse → resolve → run.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use proxy_agent::cli::Cli;
+
+fn main() -> ExitCode {
+    Cli::parse().run()
+}

@@ -76,6 +76,12 @@ impl Wanted {
         &self.claims
     }
 
+    /// The same of one Service.
+    pub fn problems_of(&self, key: &ObjectKey) -> Vec<Problem> {
+        let found = self.problems.get(key).into_iter().flatten().cloned();
+        found.chain(self.service(key).iter().flat_map(|resolved| self.claims.losses(resolved))).collect()
+    }
+
     /// What resolving found, and frontends that somebody else has (S12). Sorted.
     pub fn problems(&self) -> Vec<Problem> {
         let found = self.problems.values().flatten().cloned();

@@ -233,6 +233,16 @@ impl Reconciler {
         self.ports.iter().map(|(key, state)| (state.id, key))
     }
 
+    /// How many frontends are written.
+    pub fn frontend_count(&self) -> usize {
+        self.frontends.len()
+    }
+
+    /// How many frontends were found in the kernel at start.
+    pub fn adopted_frontends(&self) -> usize {
+        self.adopted.values().map(|state| state.frontends.len()).sum()
+    }
+
     /// Service ports that are programmed but no longer wanted.
     fn gone(&self, wanted: &[WantedService], full: bool) -> Vec<ServicePortKey> {
         let wanted_ports: BTreeSet<&ServicePortKey> = wanted

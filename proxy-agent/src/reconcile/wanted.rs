@@ -1,9 +1,10 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
-use proxy_common::abi::{FrontendKey, FrontendValue, WhenEmpty};
+use proxy_common::abi::{FrontendKey, FrontendValue, Port, WhenEmpty};
 
-use crate::resolve::ServicePortKey;
+use crate::claims::Claims;
+use crate::resolve::{NodeFacts, Resolved, ServicePortKey, frontend_value};
 
 /// What one service port wants in the kernel.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -22,6 +23,36 @@ pub struct WantedPort {
     pub when_empty: WhenEmpty,
     /// A1.
     pub affinity_timeout_s: Option<u32>,
+}
+
+impl WantedPort {
+    /// Of a resolved service port, with those of its frontends that it wins.
+    pub fn new(resolved: &Resolved, claims: &Claims, facts: &NodeFacts) -> Self {
+        let protocol = resolved.key.protocol.number();
+        let frontends = claims.won(resolved).map(|frontend| {
+            let key = FrontendKey::new(frontend.address.into(), Port::new(frontend.port), protocol);
+            // The record's place is not known yet.
+            (key, frontend_value(resolved, frontend, facts, 0))
+        });
+        let endpoints = resolved.endpoints.iter().map(|endpoint| {
+            let membership = Membership {
+                cluster: endpoint.in_cluster_set,
+                local: endpoint.in_local_set,
+                serving: endpoint.serving,
+            };
+            (SocketAddr::new(endpoint.address, endpoint.port), membership)
+        });
+        Self {
+            key: resolved.key.clone(),
+            frontends: frontends.collect(),
+            endpoints: endpoints.filter(|(_, membership)| membership.in_a_set() || membership.serving).collect(),
+            uses_cluster_set: resolved.cluster_set.is_some(),
+            uses_local_set: resolved.local_set.is_some(),
+            // A cluster set can only be empty when there is no endpoint at all, so one answer fits both sets.
+            when_empty: if resolved.has_any_endpoints { WhenEmpty::Drop } else { WhenEmpty::Reject },
+            affinity_timeout_s: resolved.affinity_timeout_s,
+        }
+    }
 }
 
 /// Where an endpoint belongs.

@@ -1,0 +1,331 @@
+//! The agent's one loop: changes in, writes out, questions answered.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
+
+use crate::claims::FrontendId;
+use crate::control::{Question, Reply, Request};
+use crate::dataplane::bpf::Kernel;
+use crate::dataplane::Limits;
+use crate::kernel::{self, Loaded, Pins, Settings};
+use crate::model::{Model, OwnAddresses};
+use crate::object::{Change, Delta, ObjectKey, Problem, Read};
+use crate::reconcile::{REST_MS, Reconciler, Report, WantedPort, WantedService};
+use crate::resolve::Policy;
+use crate::status::Status;
+use crate::view;
+use crate::wanted::Wanted;
+
+/// First wait before failed Services are tried again; doubled up to [`RETRY_MAX`].
+const RETRY_MIN: Duration = Duration::from_millis(100);
+/// As kube-proxy's sync period (Q3).
+const RETRY_MAX: Duration = Duration::from_secs(30);
+
+/// What the agent must know before it starts.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Own node name (O4).
+    pub node_name: String,
+    /// Options that change what is programmed.
+    pub policy: Policy,
+    /// The programs serve processes in this cgroup and below.
+    pub cgroup: PathBuf,
+    /// Where to pin.
+    pub pins: Pins,
+    /// Sizes of the tables, unless tables are pinned already.
+    pub limits: Limits,
+}
+
+/// See the module.
+pub struct Agent {
+    config: Config,
+    model: Model,
+    wanted: Wanted,
+    reconciler: Reconciler,
+    kernel: Kernel,
+    loaded: Loaded,
+    started: Instant,
+    /// Whether the first, full sync is done.
+    synced: bool,
+    /// Services whose last programming failed.
+    failed: BTreeMap<ObjectKey, String>,
+    retry: Option<(Instant, Duration)>,
+    told: Told,
+    status: Status,
+}
+
+impl Agent {
+    /// Loads the programs on what a former run left pinned, or on new tables. Writes nothing and attaches nothing yet
+    /// (Q1).
+    ///
+    /// # Errors
+    /// If the kernel refuses something.
+    pub fn start(config: Config) -> Result<Self, kernel::Error> {
+        config.pins.prepare()?;
+        let generation = config.pins.generations()?.first().copied().unwrap_or(0);
+        let settings = Settings::of_this_host()?;
+        if !settings.set_retval {
+            tracing::warn!("this kernel cannot refuse a connection with ECONNREFUSED (needs 5.18): left to the packet path");
+        }
+        let loaded = Loaded::load(&config.pins, generation, config.limits, settings)?;
+        let kernel = Kernel::of(&loaded, &config.pins)?;
+        let reconciler = Reconciler::adopt(&kernel)
+            .map_err(kernel::Error::path("read the frontends in", config.pins.tables(generation)))?;
+        let model = Model::new(config.node_name.clone(), config.policy.clone(), OwnAddresses::Reported);
+        Ok(Self {
+            status: Status::new(&config, reconciler.adopted_frontends()),
+            config,
+            model,
+            wanted: Wanted::default(),
+            reconciler,
+            kernel,
+            loaded,
+            started: Instant::now(),
+            synced: false,
+            failed: BTreeMap::new(),
+            retry: None,
+            told: Told::default(),
+        })
+    }
+
+    /// Runs until the sources or the process end. What is in the kernel stays (Q8).
+    ///
+    /// # Errors
+    /// If the programs cannot be attached after the first sync.
+    pub async fn run(
+        mut self,
+        mut changes: UnboundedReceiver<Change>,
+        mut questions: Receiver<Question>,
+        stop: impl Future<Output = ()>,
+    ) -> Result<(), kernel::Error> {
+        tokio::pin!(stop);
+        loop {
+            let wake = self.wake();
+            tokio::select! {
+                biased;
+                () = &mut stop => return Ok(()),
+                change = changes.recv() => {
+                    let Some(change) = change else { return Ok(()) };
+                    self.take(change);
+                    // Changes that gathered while the last sync ran go together.
+                    while let Ok(change) = changes.try_recv() {
+                        self.take(change);
+                    }
+                    self.sync()?;
+                }
+                Some(question) = questions.recv() => self.answer(question),
+                () = tokio::time::sleep(wake), if wake < Duration::MAX => self.tick()?,
+            }
+        }
+    }
+
+    fn take(&mut self, change: Change) {
+        self.told.change(&change);
+        self.model.apply(change);
+    }
+
+    /// Time until something must be done without any event.
+    fn wake(&self) -> Duration {
+        let retry = self.retry.map(|(at, _)| at.saturating_duration_since(Instant::now()));
+        let rest = self.reconciler.has_leftovers().then(|| Duration::from_millis(REST_MS));
+        retry.into_iter().chain(rest).min().unwrap_or(Duration::MAX)
+    }
+
+    fn tick(&mut self) -> Result<(), kernel::Error> {
+        let now_ms = self.now_ms();
+        self.status.writes += self.reconciler.rest(&mut self.kernel, now_ms);
+        if self.retry.is_some_and(|(at, _)| at <= Instant::now()) {
+            self.sync()?;
+        }
+        Ok(())
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Brings the kernel up to date with the model, if every list is complete.
+    fn sync(&mut self) -> Result<(), kernel::Error> {
+        if !self.model.ready() {
+            return Ok(());
+        }
+        let begun = Instant::now();
+        let mut dirty = self.model.take_dirty();
+        dirty.extend(self.failed.keys().cloned());
+        let full = !self.synced || self.reconciler.needs_full_sync();
+        if full {
+            dirty.extend(self.model.services().cloned());
+        }
+        if dirty.is_empty() && !full {
+            return Ok(());
+        }
+        let affected = self.wanted.update(&self.model, &dirty);
+        dirty.extend(affected);
+        for key in &dirty {
+            self.told.service(key, self.wanted.problems_of(key));
+        }
+        let wanted: Vec<WantedService> = dirty.iter().map(|key| self.wanted_service(key)).collect();
+        let report = self.reconciler.sync(&mut self.kernel, &wanted, full, self.now_ms());
+        self.finish(&dirty, &report);
+        self.status.synced(report.writes, begun.elapsed(), self.reconciler.frontend_count());
+        if !self.synced {
+            self.first_sync(&report)?;
+        }
+        Ok(())
+    }
+
+    fn wanted_service(&self, key: &ObjectKey) -> WantedService {
+        let ports = self.wanted.service(key).iter();
+        let port = |resolved| WantedPort::new(resolved, self.wanted.claims(), self.model.facts());
+        WantedService { key: key.clone(), ports: ports.map(port).collect() }
+    }
+
+    /// Attaches the programs: the tables behind them are complete now, so whoever comes finds what is wanted.
+    fn first_sync(&mut self, report: &Report) -> Result<(), kernel::Error> {
+        let (made, updated) = self.loaded.attach(&self.config.cgroup)?;
+        self.config.pins.remove_others(self.loaded.generation)?;
+        self.synced = true;
+        self.status.synced = true;
+        tracing::info!(
+            services = self.model.services().count(),
+            frontends = self.reconciler.frontend_count(),
+            writes = report.writes,
+            links_made = made,
+            links_updated = updated,
+            after_ms = self.now_ms(),
+            "synced: every Service is programmed"
+        );
+        Ok(())
+    }
+
+    /// Remembers what failed, says so once, and plans the next try.
+    fn finish(&mut self, tried: &BTreeSet<ObjectKey>, report: &Report) {
+        let mut failed: BTreeMap<ObjectKey, String> = BTreeMap::new();
+        for (port, error) in &report.failed {
+            let mut text = error.to_string();
+            let mut source = std::error::Error::source(error);
+            while let Some(cause) = source {
+                text = format!("{text}: {cause}");
+                source = cause.source();
+            }
+            failed.entry(port.service.clone()).or_insert(text);
+        }
+        for key in tried {
+            match (self.failed.get(key), failed.get(key)) {
+                (old, Some(new)) if old != Some(new) => {
+                    tracing::error!(service = %key, error = %new, "not programmed; trying again");
+                }
+                (Some(_), None) => tracing::info!(service = %key, "programmed at last"),
+                (_, _) => {}
+            }
+            self.failed.remove(key);
+        }
+        self.failed.append(&mut failed);
+        self.retry = if self.failed.is_empty() && !self.reconciler.needs_full_sync() {
+            None
+        } else {
+            let wait = self.retry.map_or(RETRY_MIN, |(_, wait)| (wait * 2).min(RETRY_MAX));
+            Some((Instant::now() + wait, wait))
+        };
+    }
+
+    fn answer(&self, question: Question) {
+        let reply = match question.request {
+            Request::Status => Reply::of(&self.status.view(&self.model, &self.failed, &self.told.all())),
+            Request::Plan => Reply::of(&view::plan::plan_of(&self.model, &self.wanted)),
+            Request::Explain { from, to } => self.explain(from, &to),
+            Request::Names => {
+                let names = self.reconciler.names().map(|(id, key)| (id, key.to_string()));
+                Reply::of(&names.collect::<BTreeMap<_, _>>())
+            }
+        };
+        // Whoever asked may have gone.
+        let _ = question.reply.send(reply);
+    }
+
+    fn explain(&self, from: std::net::IpAddr, to: &str) -> Reply {
+        let to = match to.parse::<view::Destination>() {
+            Ok(to) => to,
+            Err(error) => return Reply::Error(error.to_string()),
+        };
+        match view::explain::explain_of(&self.model, &self.wanted, from, to) {
+            Ok(explanation) => {
+                let dialled = FrontendId { address: to.at.ip(), port: to.at.port(), protocol: to.protocol };
+                let winner = self.wanted.claims().winner(&dialled);
+                let service_id = winner.and_then(|key| self.reconciler.service_id(key));
+                Reply::of(&crate::control::LiveExplanation { explanation, service_id })
+            }
+            Err(error) => Reply::Error(error.to_string()),
+        }
+    }
+}
+
+/// What was said about which object, so that the log says everything once.
+#[derive(Default)]
+struct Told {
+    by_object: BTreeMap<(Source, String), BTreeSet<Problem>>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Source {
+    Object,
+    Resolve,
+}
+
+impl Told {
+    fn change(&mut self, change: &Change) {
+        match change {
+            Change::Service(delta) => self.delta("Service", delta, |service| (service.key.to_string(), &service.problems)),
+            Change::Slice(delta) => self.delta("EndpointSlice", delta, |slice| (slice.key.to_string(), &slice.problems)),
+            Change::Node(delta) => self.delta("Node", delta, |node| (node.name.clone(), &node.problems)),
+            Change::OwnAddresses(_) => {}
+        }
+    }
+
+    fn delta<T>(&mut self, kind: &str, delta: &Delta<T>, parts: impl Fn(&T) -> (String, &Vec<Problem>)) {
+        let mut one = |read: &Read<T>| match read {
+            Ok(object) => {
+                let (key, problems) = parts(object);
+                self.tell(Source::Object, format!("{kind} {key}"), problems.clone());
+            }
+            Err(unreadable) => {
+                let object = unreadable.problem.object.clone();
+                self.tell(Source::Object, object, vec![unreadable.problem.clone()]);
+            }
+        };
+        match delta {
+            Delta::List(list) => list.iter().for_each(one),
+            Delta::Apply(read) => one(read),
+            Delta::Delete(key) => {
+                self.by_object.remove(&(Source::Object, format!("{kind} {key}")));
+            }
+        }
+    }
+
+    fn service(&mut self, key: &ObjectKey, problems: Vec<Problem>) {
+        self.tell(Source::Resolve, format!("Service {key}"), problems);
+    }
+
+    fn tell(&mut self, source: Source, object: String, problems: Vec<Problem>) {
+        let key = (source, object);
+        if problems.is_empty() {
+            if self.by_object.remove(&key).is_some() {
+                tracing::info!(object = key.1, "its problems are gone");
+            }
+            return;
+        }
+        let known = self.by_object.entry(key).or_default();
+        let problems: BTreeSet<Problem> = problems.into_iter().collect();
+        for problem in problems.difference(known) {
+            tracing::warn!(object = problem.object, field = problem.field, "{}", problem.message);
+        }
+        *known = problems;
+    }
+
+    fn all(&self) -> Vec<Problem> {
+        self.by_object.values().flatten().cloned().collect()
+    }
+}

@@ -1,0 +1,97 @@
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use proxy_common::abi::ServiceId;
+
+use super::options::{ControlArgs, PinArgs};
+use super::{Output, block_on, print};
+use crate::control::{self, Request};
+use crate::dataplane::bpf::Kernel;
+use crate::dump;
+use crate::view::table::table;
+
+#[derive(Args, Debug)]
+pub(super) struct GetArgs {
+    /// Which table.
+    what: What,
+    #[command(flatten)]
+    pins: PinArgs,
+    #[command(flatten)]
+    control: ControlArgs,
+    /// Form of the answer.
+    #[arg(short, long, value_enum, default_value = "table")]
+    output: Output,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug)]
+enum What {
+    /// Frontends and sets of every service port.
+    Services,
+    /// Every backend with its sets.
+    Backends,
+}
+
+impl GetArgs {
+    pub(super) fn run(&self) -> Result<ExitCode> {
+        let pins = self.pins.pins();
+        let Some(kernel) = Kernel::open(&pins).context("open the tables")? else {
+            bail!("no tables are pinned in {}: the agent has never run here", pins.root().display());
+        };
+        // Names are the agent's; the tables speak for themselves without it.
+        let names = block_on(control::ask(&self.control.control_socket, &Request::Names))?
+            .ok()
+            .and_then(|names| serde_json::from_value::<BTreeMap<ServiceId, String>>(names).ok())
+            .unwrap_or_default();
+        match self.what {
+            What::Services => {
+                let records = dump::records(&kernel, &names).context("read the tables")?;
+                print(&records, services(&records), self.output)
+            }
+            What::Backends => {
+                let rows = dump::backends(&kernel, &names).context("read the tables")?;
+                print(&rows, backends(&rows), self.output)
+            }
+        }
+    }
+}
+
+fn services(records: &[dump::Record]) -> String {
+    let mut rows = Vec::new();
+    for record in records {
+        let count = |set: &Option<Vec<String>>| match set {
+            Some(set) if set.is_empty() => record.when_empty.unwrap_or("-").to_owned(),
+            Some(set) => set.len().to_string(),
+            None => "-".to_owned(),
+        };
+        let affinity = record.session_affinity_seconds.map_or("-".to_owned(), |seconds| format!("{seconds}s"));
+        let mut first = vec![
+            record.service_id.to_string(),
+            record.service.clone().unwrap_or_else(|| "?".to_owned()),
+            count(&record.cluster_set),
+            count(&record.local_set),
+            affinity,
+        ];
+        for frontend in &record.frontends {
+            let mut row = std::mem::replace(&mut first, vec![String::new(); 5]);
+            row.push(frontend.clone());
+            rows.push(row);
+        }
+    }
+    table(0, &["ID", "SERVICE", "CLUSTER", "LOCAL", "AFFINITY", "FRONTEND"], &rows)
+}
+
+fn backends(backends: &[dump::BackendRow]) -> String {
+    let row = |backend: &dump::BackendRow| {
+        vec![
+            format!("{}.{}", backend.index, backend.generation),
+            backend.address.clone(),
+            if backend.serving { "yes" } else { "no" }.to_owned(),
+            backend.sets.join(","),
+            backend.service.clone().unwrap_or_else(|| format!("record {}", backend.service_id)),
+        ]
+    };
+    let rows: Vec<_> = backends.iter().map(row).collect();
+    table(0, &["ID", "ADDRESS", "SERVING", "SETS", "SERVICE"], &rows)
+}

@@ -1,0 +1,146 @@
+//! The command line. Each command in a file of its own; options mean what they mean in [`options`].
+
+mod affinity;
+mod explain;
+mod get;
+mod options;
+mod plan;
+mod run;
+mod status;
+
+use std::fmt::Display;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::Serialize;
+use tracing_subscriber::EnvFilter;
+
+use crate::kernel::Pins;
+use options::{LogFormat, PinArgs};
+
+/// Sheave: the eBPF replacement for kube-proxy that is only the proxy.
+///
+/// Read commands print to standard output, logs go to standard error. Exit codes: 0 an answer, 1 no answer, 2 a wrong
+/// command line.
+#[derive(Parser, Debug)]
+#[command(name = "sheave", version, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// More log: -v debug, -vv everything. The variable RUST_LOG says it in detail.
+    #[arg(short, action = clap::ArgAction::Count, global = true)]
+    verbose: u8,
+    /// Log as text or as JSON.
+    #[arg(long, value_enum, default_value = "text", global = true)]
+    logging_format: LogFormat,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Run the agent: keep the kernel equal to what the Kubernetes API, or a directory of manifests, says.
+    ///
+    /// It stays in the foreground. When it ends, however it ends, everything goes on working in the kernel; the next run
+    /// takes over what it finds. `sheave cleanup` removes it.
+    Run(run::RunArgs),
+    /// Show what would be programmed for every service port, and why each endpoint is in or out.
+    Plan(plan::PlanArgs),
+    /// Say what becomes of one client that dials one destination, and why.
+    Explain(explain::ExplainArgs),
+    /// List what is in the kernel's tables now.
+    Get(get::GetArgs),
+    /// Show whether the agent runs, what it could not use, and what the programs counted.
+    Status(status::StatusArgs),
+    /// Detach the programs and remove all tables from the kernel.
+    ///
+    /// Connections that are established go on; new ones to a VIP are no longer translated.
+    Cleanup(CleanupArgs),
+}
+
+#[derive(Args, Debug)]
+struct CleanupArgs {
+    #[command(flatten)]
+    pins: PinArgs,
+}
+
+/// How a read command prints.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+enum Output {
+    /// One JSON document.
+    Json,
+    /// Columns for people.
+    Table,
+}
+
+impl Cli {
+    /// Runs the command; the code is the process's.
+    pub fn run(self) -> ExitCode {
+        self.start_log();
+        let result = match self.command {
+            Command::Run(args) => args.run(),
+            Command::Plan(args) => args.run(),
+            Command::Explain(args) => args.run(),
+            Command::Get(args) => args.run(),
+            Command::Status(args) => args.run(),
+            Command::Cleanup(args) => cleanup(&args.pins.pins()),
+        };
+        match result {
+            Ok(code) => code,
+            // Somebody closed the pipe: `sheave get services | head`.
+            Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+            Err(error) => {
+                // If standard error is gone too there is nobody left to tell.
+                let _ = writeln!(io::stderr(), "error: {error:#}");
+                ExitCode::FAILURE
+            }
+        }
+    }
+
+    fn start_log(&self) {
+        let level = match (self.verbose, &self.command) {
+            (0, Command::Run(_)) => "info",
+            // Read commands answer; what is odd about the objects is part of the answer.
+            (0, _) => "error",
+            (1, _) => "debug",
+            (_, _) => "trace",
+        };
+        let filter = EnvFilter::try_from_default_env()
+            .unwrap_or_else(|_| EnvFilter::new(format!("warn,proxy_agent={level},sheave={level}")));
+        let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false);
+        match self.logging_format {
+            LogFormat::Text => log.with_ansi(false).init(),
+            LogFormat::Json => log.json().init(),
+        }
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+fn cleanup(pins: &Pins) -> Result<ExitCode> {
+    let was_there = pins.remove_all().context("clean up")?;
+    let text = if was_there { "removed: programs detached, tables gone" } else { "nothing to remove" };
+    writeln!(io::stdout(), "{text}: {}", pins.root().display())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Prints a document in the form that was asked for.
+fn print(document: &impl Serialize, text: impl Display, output: Output) -> Result<ExitCode> {
+    let mut out = io::stdout().lock();
+    match output {
+        Output::Json => {
+            let json = serde_json::to_string_pretty(document).context("write JSON")?;
+            writeln!(out, "{json}")?;
+        }
+        Output::Table => write!(out, "{text}")?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Runs a short conversation with the agent.
+fn block_on<T>(future: impl Future<Output = T>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+    Ok(runtime.block_on(future))
+}

@@ -1,0 +1,62 @@
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::Args;
+
+use super::options::{ControlArgs, ManifestArgs, NodeArgs, PolicyArgs};
+use super::{Output, block_on, print};
+use crate::control::{self, Request};
+use crate::model::{Model, OwnAddresses};
+use crate::source::files;
+use crate::view;
+
+#[derive(Args, Debug)]
+pub(super) struct PlanArgs {
+    #[command(flatten)]
+    pub(super) offline: OfflineArgs,
+    /// Form of the answer.
+    #[arg(short, long, value_enum, default_value = "json")]
+    output: Output,
+}
+
+/// With `--manifests` a question is answered from files alone, without root and without a kernel; else by the agent.
+#[derive(Args, Debug)]
+pub(super) struct OfflineArgs {
+    #[command(flatten)]
+    manifests: ManifestArgs,
+    #[command(flatten)]
+    node: NodeArgs,
+    #[command(flatten)]
+    policy: PolicyArgs,
+    #[command(flatten)]
+    control: ControlArgs,
+}
+
+impl OfflineArgs {
+    /// The model of the manifests; `None`: ask the agent.
+    pub(super) fn model(&self) -> Result<Option<Model>> {
+        let Some(directory) = &self.manifests.manifests else { return Ok(None) };
+        let mut model = Model::new(self.node.name()?, self.policy.policy()?, OwnAddresses::FromNode);
+        for change in files::load(directory).context("read the manifests")? {
+            model.apply(change);
+        }
+        Ok(Some(model))
+    }
+
+    pub(super) fn ask(&self, request: &Request) -> Result<serde_json::Value> {
+        Ok(block_on(control::ask(&self.control.control_socket, request))??)
+    }
+}
+
+impl PlanArgs {
+    pub(super) fn run(&self) -> Result<ExitCode> {
+        let plan = match self.offline.model()? {
+            Some(model) => view::plan::plan(&model),
+            None => {
+                let answer = self.offline.ask(&Request::Plan)?;
+                serde_json::from_value(answer).context("understand the agent's plan")?
+            }
+        };
+        print(&plan, &plan, self.output)
+    }
+}

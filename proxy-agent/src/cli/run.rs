@@ -1,0 +1,136 @@
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+
+use super::options::{ControlArgs, ManifestArgs, NodeArgs, PinArgs, PolicyArgs};
+use crate::agent::{Agent, Config};
+use crate::control;
+use crate::dataplane::Limits;
+use crate::source::{addresses, files, kube};
+
+#[derive(Args, Debug)]
+pub(super) struct RunArgs {
+    #[command(flatten)]
+    manifests: ManifestArgs,
+    /// Kubeconfig file; without it and without --manifests: the in-cluster service account.
+    #[arg(long, value_name = "FILE", conflicts_with = "manifests")]
+    kubeconfig: Option<PathBuf>,
+    /// URL of the API server, over the kubeconfig's. A cluster IP does not work before a proxy runs.
+    #[arg(long, value_name = "URL", conflicts_with = "manifests", env = "SHEAVE_MASTER")]
+    master: Option<String>,
+    #[command(flatten)]
+    node: NodeArgs,
+    /// Serve processes in this cgroup and below; by default the root of the cgroup v2 hierarchy.
+    #[arg(long, value_name = "DIR")]
+    cgroup_root: Option<PathBuf>,
+    #[command(flatten)]
+    pins: PinArgs,
+    #[command(flatten)]
+    control: ControlArgs,
+    #[command(flatten)]
+    limits: LimitArgs,
+    #[command(flatten)]
+    policy: PolicyArgs,
+}
+
+/// Sizes of the tables. They count when tables are made; pinned ones keep their size.
+#[derive(Args, Clone, Copy, Debug)]
+#[command(next_help_heading = "Table sizes")]
+struct LimitArgs {
+    /// VIP:port/protocol triples.
+    #[arg(long, value_name = "N", default_value_t = 1 << 18, value_parser = clap::value_parser!(u32).range(16..))]
+    max_frontends: u32,
+    /// Service ports, each family by itself.
+    #[arg(long, value_name = "N", default_value_t = 1 << 16, value_parser = clap::value_parser!(u32).range(16..))]
+    max_services: u32,
+    /// Endpoints of all sets, with room for those being replaced.
+    #[arg(long, value_name = "N", default_value_t = 1 << 19, value_parser = clap::value_parser!(u32).range(16..))]
+    max_slots: u32,
+    /// Endpoints of all service ports.
+    #[arg(long, value_name = "N", default_value_t = 1 << 18, value_parser = clap::value_parser!(u32).range(16..))]
+    max_backends: u32,
+}
+
+impl RunArgs {
+    pub(super) fn run(self) -> Result<ExitCode> {
+        let config = Config {
+            node_name: self.node.name()?,
+            policy: self.policy.policy()?,
+            cgroup: match &self.cgroup_root {
+                Some(directory) => directory.clone(),
+                None => cgroup_root()?,
+            },
+            pins: self.pins.pins(),
+            limits: Limits {
+                frontends: self.limits.max_frontends,
+                services: self.limits.max_services,
+                slots: self.limits.max_slots,
+                backends: self.limits.max_backends,
+            },
+        };
+        if !nix::unistd::geteuid().is_root() {
+            bail!("`sheave run` needs root (CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON); plan and explain --manifests do not");
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+        runtime.block_on(self.serve(config))?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    async fn serve(&self, config: Config) -> Result<()> {
+        let node_name = config.node_name.clone();
+        // First, so that a second agent on the same socket ends before it touches the kernel.
+        let listener = control::listen(&self.control.control_socket).await?;
+        let agent = Agent::start(config).context("start")?;
+        let (questions, asked) = mpsc::channel(16);
+        tokio::spawn(control::serve(listener, questions));
+
+        let (changes, changed) = mpsc::unbounded_channel();
+        let mut sources = tokio::task::JoinSet::new();
+        let to = changes.clone();
+        sources.spawn(async move { addresses::run(to).await.context("follow this node's addresses") });
+        match &self.manifests.manifests {
+            Some(directory) => {
+                let directory = directory.clone();
+                sources.spawn(async move {
+                    let result = files::run(&directory, &node_name, changes).await;
+                    result.with_context(|| format!("follow the manifests in {}", directory.display()))
+                });
+            }
+            None => {
+                let options = kube::KubeOptions { kubeconfig: self.kubeconfig.clone(), master: self.master.clone() };
+                let client = kube::client(&options).await.context("find the API server")?;
+                sources.spawn(async move {
+                    kube::run(client, node_name, changes).await.context("follow the Kubernetes API")
+                });
+            }
+        }
+        let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+        let stop = async move {
+            tokio::select! {
+                _ = terminate.recv() => tracing::info!("SIGTERM: going; what is in the kernel goes on working"),
+                _ = interrupt.recv() => tracing::info!("interrupted: going; what is in the kernel goes on working"),
+            }
+        };
+        tokio::select! {
+            result = agent.run(changed, asked, stop) => result.context("program the kernel"),
+            // A source runs for ever; when one ends, it is by an error that trying again does not mend.
+            Some(ended) = sources.join_next() => ended.context("a source ended")?,
+        }
+    }
+}
+
+/// The first cgroup v2 mount.
+fn cgroup_root() -> Result<PathBuf> {
+    let mounts = std::fs::read_to_string("/proc/mounts").context("read /proc/mounts")?;
+    let found = mounts.lines().find_map(|line| {
+        let mut fields = line.split(' ').skip(1);
+        let (path, kind) = (fields.next()?, fields.next()?);
+        (kind == "cgroup2").then(|| PathBuf::from(path))
+    });
+    found.context("no cgroup v2 hierarchy is mounted; name one with --cgroup-root")
+}

@@ -1,0 +1,94 @@
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::options::{ControlArgs, PinArgs};
+use super::{Output, block_on, print};
+use crate::control::{self, Request};
+use crate::kernel::programs;
+use crate::view::table::table;
+
+#[derive(Args, Debug)]
+pub(super) struct StatusArgs {
+    #[command(flatten)]
+    pins: PinArgs,
+    #[command(flatten)]
+    control: ControlArgs,
+    /// Form of the answer.
+    #[arg(short, long, value_enum, default_value = "table")]
+    output: Output,
+}
+
+impl StatusArgs {
+    /// What is in the kernel is shown also when no agent runs; then the code is 1.
+    pub(super) fn run(&self) -> Result<ExitCode> {
+        let pins = self.pins.pins();
+        let links: BTreeMap<&str, Option<u64>> = programs::links(&pins).into_iter().collect();
+        let counters: BTreeMap<&str, u64> = programs::counters(&pins).unwrap_or_default().into_iter().collect();
+        let answer = block_on(control::ask(&self.control.control_socket, &Request::Status))?;
+        let (mut document, error) = match answer {
+            Ok(document) => (document, None),
+            Err(error) => (json!({"synced": false}), Some(format!("{:#}", anyhow::Error::new(error)))),
+        };
+        if let Some(fields) = document.as_object_mut() {
+            fields.insert("agent".to_owned(), json!(if error.is_none() { "running" } else { "not running" }));
+            fields.insert("agent_error".to_owned(), json!(error));
+            fields.insert("programs_attached".to_owned(), json!(links));
+            fields.insert("counters".to_owned(), json!(counters));
+        }
+        let text = text(&document, links.len());
+        let printed = print(&document, text, self.output)?;
+        Ok(if error.is_none() { printed } else { ExitCode::FAILURE })
+    }
+}
+
+fn text(document: &Value, attached: usize) -> String {
+    let mut text = String::new();
+    let field = |name: &str| match document.get(name) {
+        Some(Value::String(value)) => value.clone(),
+        Some(Value::Null) | None => "-".to_owned(),
+        Some(value) => value.to_string(),
+    };
+    // Writing to a string cannot fail.
+    let mut line = |name: &str, value: String| {
+        let _ = writeln!(text, "{name:<12}{value}");
+    };
+    line("agent", field("agent"));
+    if document.get("agent_error").is_some_and(|error| !error.is_null()) {
+        line("", field("agent_error"));
+    } else {
+        line("synced", if document.get("synced") == Some(&json!(true)) { "yes" } else { "no: the lists are not complete" }.to_owned());
+        let found = if document.get("node_found") == Some(&json!(true)) { "" } else { " (no such Node seen: every endpoint is remote)" };
+        line("node", field("node") + found);
+        line("services", format!("{}, with {} frontends", field("services"), field("frontends")));
+        line("last sync", format!("{} µs, {} writes in all", field("last_sync_microseconds"), field("writes")));
+    }
+    line("programs", format!("{attached} of {} attached", programs::PROGRAMS.len()));
+    if let Some(failed) = document.get("failed").and_then(Value::as_object).filter(|failed| !failed.is_empty()) {
+        let _ = writeln!(text, "\nnot programmed as wanted, being tried again:");
+        for (service, error) in failed {
+            let _ = writeln!(text, "  {service}: {}", error.as_str().unwrap_or("?"));
+        }
+    }
+    if let Some(problems) = document.get("problems").and_then(Value::as_array).filter(|problems| !problems.is_empty()) {
+        let cell = |problem: &Value, name: &str| problem.get(name).and_then(Value::as_str).unwrap_or("").to_owned();
+        let rows: Vec<_> =
+            problems.iter().map(|p| vec![cell(p, "object"), cell(p, "field"), cell(p, "message")]).collect();
+        let _ = write!(text, "\nproblems:\n{}", table(2, &["OBJECT", "FIELD", "MESSAGE"], &rows));
+    }
+    if let Some(counters) = document.get("counters").and_then(Value::as_object) {
+        let rows: Vec<_> = counters
+            .iter()
+            .filter(|(_, count)| count.as_u64() != Some(0))
+            .map(|(name, count)| vec![name.clone(), count.to_string()])
+            .collect();
+        if !rows.is_empty() {
+            let _ = write!(text, "\ncounters:\n{}", table(2, &["OUTCOME", "COUNT"], &rows));
+        }
+    }
+    text
+}
