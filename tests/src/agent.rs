@@ -1,0 +1,198 @@
+//! Runs the agent on a lab's node, as its own process, the way a DaemonSet would.
+
+use std::{
+    ffi::OsStr,
+    fs::{self, OpenOptions},
+    os::unix::process::ExitStatusExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Output, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::Value;
+
+use crate::{
+    client::binary,
+    lab::{Lab, Node},
+};
+
+/// Loading the programs in a debug build on a busy machine takes seconds.
+const SYNCED_WITHIN: Duration = Duration::from_secs(60);
+
+/// How long the agent may take to end when asked to.
+const STOPPED_WITHIN: Duration = Duration::from_secs(10);
+
+/// How much of the log an error quotes.
+const LOG_TAIL_LINES: usize = 30;
+
+/// An agent that runs. It is killed when dropped; its pinned programs stay until the lab goes.
+#[derive(Debug)]
+pub struct Agent {
+    child: Child,
+    program: PathBuf,
+    control_socket: PathBuf,
+    log: PathBuf,
+}
+
+impl Agent {
+    /// Starts the agent on a node with the lab's manifests, and waits until it has synced.
+    pub fn start(lab: &Lab, node: &Node) -> Result<Self> {
+        let mut agent = Self::spawn(lab, node, &[] as &[&str])?;
+        agent.wait_synced(SYNCED_WITHIN)?;
+        Ok(agent)
+    }
+
+    /// Starts the agent with more arguments, and does not wait.
+    pub fn spawn(lab: &Lab, node: &Node, arguments: &[impl AsRef<OsStr>]) -> Result<Self> {
+        let program = binary("sheave", "SHEAVE_BIN")?;
+        let directory = node.directory();
+        let (bpffs, log) = (directory.join("bpffs"), directory.join("agent.log"));
+        let control_socket = directory.join("agent.sock");
+        fs::create_dir_all(&bpffs).with_context(|| format!("making {}", bpffs.display()))?;
+        // The log goes on over restarts.
+        let output = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&log)
+            .with_context(|| format!("opening {}", log.display()))?;
+        let child = node
+            .host()
+            .command(&program)?
+            .arg("run")
+            .arg("--manifests")
+            .arg(lab.manifests().path())
+            .args(["--node-name", node.name()])
+            .arg("--cgroup-root")
+            .arg(node.cgroup())
+            .arg("--bpffs")
+            .arg(&bpffs)
+            .arg("--control-socket")
+            .arg(&control_socket)
+            .args(arguments)
+            .env_remove("KUBECONFIG")
+            .stdin(Stdio::null())
+            .stdout(output.try_clone().context("sharing the agent's log")?)
+            .stderr(output)
+            .spawn()
+            .with_context(|| format!("starting {} on {}", program.display(), node.name()))?;
+        Ok(Self { child, program, control_socket, log })
+    }
+
+    /// The process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Where it logs to; restarts append.
+    #[must_use]
+    pub fn log(&self) -> &Path {
+        &self.log
+    }
+
+    /// Where it can be asked.
+    #[must_use]
+    pub fn control_socket(&self) -> &Path {
+        &self.control_socket
+    }
+
+    /// Waits until the agent says that it has synced.
+    pub fn wait_synced(&mut self, within: Duration) -> Result<()> {
+        let deadline = Instant::now() + within;
+        loop {
+            if let Some(status) = self.child.try_wait().context("looking after the agent")? {
+                bail!("the agent ended early ({status}); its log ends:\n{}", self.log_tail());
+            }
+            let answer = self.status();
+            if answer.as_ref().is_ok_and(|status| status.get("synced") == Some(&Value::Bool(true))) {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                let said = answer.map_or_else(|error| format!("{error:#}"), |status| status.to_string());
+                bail!(
+                    "the agent did not sync within {within:?}; status: {said}; its log ends:\n{}",
+                    self.log_tail()
+                );
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// What `sheave status -o json` says.
+    pub fn status(&self) -> Result<Value> {
+        let output = self.ask(&["status", "-o", "json"])?;
+        serde_json::from_slice(&output.stdout)
+            .with_context(|| format!("`sheave status` said {:?}", String::from_utf8_lossy(&output.stdout)))
+    }
+
+    /// Runs a command of the agent's binary against this agent; the arguments begin with the verb.
+    pub fn ask(&self, arguments: &[&str]) -> Result<Output> {
+        let output = Command::new(&self.program)
+            .args(arguments)
+            .arg("--control-socket")
+            .arg(&self.control_socket)
+            .stdin(Stdio::null())
+            .output()
+            .with_context(|| format!("running {}", self.program.display()))?;
+        if !output.status.success() {
+            bail!(
+                "sheave {}: {}: {}",
+                arguments.join(" "),
+                output.status,
+                String::from_utf8_lossy(&output.stderr)
+            );
+        }
+        Ok(output)
+    }
+
+    /// Asks the agent to end and waits; one that does not is killed, which is an error.
+    pub fn stop(mut self) -> Result<ExitStatus> {
+        self.signal(Signal::SIGTERM)?;
+        let deadline = Instant::now() + STOPPED_WITHIN;
+        while Instant::now() < deadline {
+            if let Some(status) = self.child.try_wait().context("waiting for the agent")? {
+                return Ok(status);
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        bail!("the agent did not end within {STOPPED_WITHIN:?}; its log ends:\n{}", self.log_tail())
+    }
+
+    /// Kills the agent where it stands.
+    pub fn kill(mut self) -> Result<()> {
+        self.signal(Signal::SIGKILL)?;
+        let status = self.child.wait().context("waiting for the agent")?;
+        if status.signal().is_none() {
+            bail!("the agent had ended before it was killed ({status}); its log ends:\n{}", self.log_tail());
+        }
+        Ok(())
+    }
+
+    /// Sends the agent a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = Pid::from_raw(self.child.id().try_into().context("a process id")?);
+        kill(pid, signal).with_context(|| format!("sending {signal} to the agent"))
+    }
+
+    /// The last lines of the log.
+    #[must_use]
+    pub fn log_tail(&self) -> String {
+        let text = fs::read(&self.log).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<_> = text.lines().collect();
+        lines.get(lines.len().saturating_sub(LOG_TAIL_LINES)..).unwrap_or_default().join("\n")
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
