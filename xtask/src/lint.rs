@@ -1,0 +1,55 @@
+//! What a change must pass besides the tests.
+
+use std::{env, process::Command};
+
+use anyhow::Result;
+
+use crate::{
+    setup,
+    shell::{cargo, part, root, run},
+};
+
+/// Checks everything; stops at the first part that fails.
+pub(crate) fn check() -> Result<()> {
+    part("format", || {
+        run(cargo()?.args(["fmt", "--all", "--check"]))?;
+        run(cargo()?.args(["fmt", "--check", "--manifest-path", "proxy-ebpf/Cargo.toml"]))
+    })?;
+    part("clippy", || {
+        run(cargo()?.args(["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]))
+    })?;
+    part("clippy of the kernel programs", kernel_programs)?;
+    part("licences and sources of dependencies", || {
+        let deny = setup::cargo_deny()?;
+        for manifest in ["Cargo.toml", "proxy-ebpf/Cargo.toml"] {
+            run(Command::new(&deny)
+                .current_dir(root()?)
+                .args([
+                    "--manifest-path",
+                    manifest,
+                    "--log-level",
+                    "error",
+                    "--locked",
+                    "--config",
+                    ".cargo/deny.toml",
+                ])
+                .args(["check", "bans", "licenses", "sources"]))?;
+        }
+        Ok(())
+    })
+}
+
+/// The kernel programs are a workspace of another target; `proxy-agent/build.rs` builds them with the same flags.
+fn kernel_programs() -> Result<()> {
+    let flags =
+        [&*format!("--cfg=bpf_target_arch=\"{}\"", env::consts::ARCH), "-Ctarget-cpu=v3"].join("\x1f");
+    run(cargo()?
+        .current_dir(root()?.join("proxy-ebpf"))
+        .args(["clippy", "--quiet", "--release", "--bins", "--locked", "-Zbuild-std=core"])
+        .args(["--target", "bpfel-unknown-none", "--target-dir"])
+        .arg(root()?.join("target/bpf-lint"))
+        .args(["--", "-D", "warnings"])
+        // `-Z` on the pinned stable compiler, for this command only.
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env("CARGO_ENCODED_RUSTFLAGS", flags))
+}
