@@ -2,6 +2,12 @@
 //!
 //! A field that cannot be used is left out and reported as a [`Problem`]; it never costs more than what depends on it.
 
+pub mod address;
+mod node;
+mod problems;
+mod service;
+mod slice;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
@@ -9,7 +15,11 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::Serialize;
 
+pub use node::{ZONE_LABEL, node};
+pub(crate) use problems::{port_number, protocol};
 pub use proxy_common::abi::Protocol;
+pub use service::{key, service};
+pub use slice::{SERVICE_NAME_LABEL, slice};
 
 /// Namespace and name; the namespace is empty for cluster-scoped objects.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
