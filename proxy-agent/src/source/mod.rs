@@ -1,1 +1,4 @@
 //! Where objects come from. Sources report [`Change`](crate::object::Change)s and know nothing of maps.
+
+pub mod derive;
+pub mod files;

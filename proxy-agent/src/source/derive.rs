@@ -1,0 +1,317 @@
+//! EndpointSlices derived from Pods, as the EndpointSlice controller of a cluster would write them.
+//!
+//! With it one Linux machine without a cluster runs "pods come and go, the VIP stays" from files alone. Pure: no
+//! clock, no IO; only Services that a change can touch are computed again.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use k8s_openapi::api::core::v1 as core;
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+
+use crate::object::address::{parse_ip, unusable_as_endpoint};
+use crate::object::{
+    self, Delta, Family, Labels, ObjectKey, Protocol, Service, Slice, SliceEndpoint, SlicePort,
+};
+
+/// What a Service says about which Pods are behind it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Selection {
+    selector: Labels,
+    ports: Vec<TargetPort>,
+    families: Vec<Family>,
+    publish_not_ready: bool,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct TargetPort {
+    name: String,
+    protocol: Protocol,
+    target: Target,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Target {
+    Number(u16),
+    /// A named container port: each Pod may have another number for it (E5).
+    Name(String),
+}
+
+/// A Pod, reduced to what decides where and how it is an endpoint.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Pod {
+    /// Key.
+    pub key: ObjectKey,
+    labels: Labels,
+    addresses: Vec<IpAddr>,
+    node: Option<String>,
+    /// Succeeded or Failed: no endpoint any more.
+    finished: bool,
+    ready: bool,
+    terminating: bool,
+    named_ports: Vec<(String, Protocol, u16)>,
+}
+
+/// Reads which Pods a Service selects; `None` if none are to be derived: not proxied, or without a selector (then its
+/// slices are made by hand).
+pub fn selection(object: &core::Service, service: &Service) -> Option<Selection> {
+    let spec = object.spec.as_ref()?;
+    let selector = spec.selector.clone().filter(|selector| !selector.is_empty())?;
+    if !service.proxied {
+        return None;
+    }
+    let named: Vec<Family> = spec
+        .ip_families
+        .iter()
+        .flatten()
+        .filter_map(|name| Family::ALL.into_iter().find(|family| family.name() == name))
+        .collect();
+    let families = if named.is_empty() {
+        Family::ALL.into_iter().filter(|&family| service.cluster_ip.get(family).is_some()).collect()
+    } else {
+        named
+    };
+    let ports = spec.ports.iter().flatten().filter_map(target_port).collect();
+    let publish_not_ready = spec.publish_not_ready_addresses.unwrap_or(false);
+    Some(Selection { selector, ports, families, publish_not_ready })
+}
+
+fn target_port(port: &core::ServicePort) -> Option<TargetPort> {
+    let protocol = object::protocol(port.protocol.as_deref())?;
+    let target = match &port.target_port {
+        Some(IntOrString::String(name)) if !name.is_empty() => Target::Name(name.clone()),
+        Some(IntOrString::Int(number)) if *number != 0 => Target::Number(object::port_number(*number)?),
+        // The API server's default.
+        None | Some(IntOrString::Int(_) | IntOrString::String(_)) => {
+            Target::Number(object::port_number(port.port)?)
+        }
+    };
+    Some(TargetPort { name: port.name.clone().unwrap_or_default(), protocol, target })
+}
+
+/// Reads a Pod.
+pub fn pod(object: &core::Pod) -> Pod {
+    let spec = object.spec.as_ref();
+    let status = object.status.as_ref();
+    let phase = status.and_then(|s| s.phase.as_deref());
+    let ready = status
+        .and_then(|s| s.conditions.as_deref())
+        .and_then(|conditions| conditions.iter().find(|c| c.type_ == "Ready"))
+        .is_some_and(|c| c.status == "True");
+
+    // `podIPs` holds `podIP` too; hand-written files may have only the one.
+    let many = status.iter().flat_map(|s| &s.pod_ips).flatten().map(|ip| ip.ip.as_str());
+    let one = status.and_then(|s| s.pod_ip.as_deref());
+    let mut addresses = Vec::new();
+    for text in many.chain(one) {
+        if let Some(ip) = parse_ip(text).filter(|ip| unusable_as_endpoint(ip).is_none())
+            && !addresses.contains(&ip)
+        {
+            addresses.push(ip);
+        }
+    }
+
+    // Sidecars are init containers that are restarted for ever; the ports of others are gone when the Pod runs.
+    let sidecars = spec
+        .iter()
+        .flat_map(|s| &s.init_containers)
+        .flatten()
+        .filter(|c| c.restart_policy.as_deref() == Some("Always"));
+    let named_ports = spec
+        .iter()
+        .flat_map(|s| &s.containers)
+        .chain(sidecars)
+        .flat_map(|c| &c.ports)
+        .flatten()
+        .filter_map(|port| {
+            let name = port.name.clone().filter(|name| !name.is_empty())?;
+            let number = object::port_number(port.container_port)?;
+            Some((name, object::protocol(port.protocol.as_deref())?, number))
+        })
+        .collect();
+
+    Pod {
+        key: object::key(&object.metadata),
+        labels: object.metadata.labels.clone().unwrap_or_default(),
+        addresses,
+        node: spec.and_then(|s| s.node_name.clone()).filter(|name| !name.is_empty()),
+        finished: matches!(phase, Some("Succeeded" | "Failed")),
+        ready,
+        terminating: object.metadata.deletion_timestamp.is_some(),
+        named_ports,
+    }
+}
+
+impl Selection {
+    fn matches(&self, pod: &Pod) -> bool {
+        self.selector.iter().all(|(name, value)| pod.labels.get(name) == Some(value))
+    }
+
+    /// The ports of one Pod. A named port that the Pod lacks is missing, the others stay.
+    fn ports_of(&self, pod: &Pod) -> Vec<SlicePort> {
+        self.ports
+            .iter()
+            .filter_map(|port| {
+                let number = match &port.target {
+                    Target::Number(number) => *number,
+                    Target::Name(wanted) => pod
+                        .named_ports
+                        .iter()
+                        .find(|(name, protocol, _)| name == wanted && *protocol == port.protocol)
+                        .map(|(_, _, number)| *number)?,
+                };
+                Some(SlicePort { name: port.name.clone(), protocol: port.protocol, port: number })
+            })
+            .collect()
+    }
+}
+
+/// The ports of one slice: Pods with other numbers for a named port are in another one (E5).
+type PortMapping = Vec<(String, Protocol, u16)>;
+
+type Slices = BTreeMap<ObjectKey, Slice>;
+
+/// All Pods, Services with a selector, and the slices that follow from them.
+#[derive(Default)]
+pub struct Derive {
+    services: BTreeMap<ObjectKey, Selection>,
+    pods: BTreeMap<ObjectKey, Pod>,
+    zones: BTreeMap<String, String>,
+    slices: BTreeMap<ObjectKey, Slices>,
+    dirty: BTreeSet<ObjectKey>,
+}
+
+impl Derive {
+    /// A Service is new, changed, or (`None`) gone or without a selector.
+    pub fn set_service(&mut self, key: &ObjectKey, selection: Option<Selection>) {
+        let changed = match selection {
+            Some(new) => self.services.insert(key.clone(), new.clone()).is_none_or(|old| old != new),
+            None => self.services.remove(key).is_some(),
+        };
+        if changed {
+            self.dirty.insert(key.clone());
+        }
+    }
+
+    /// A Pod is new, changed or gone.
+    pub fn set_pod(&mut self, key: &ObjectKey, pod: Option<Pod>) {
+        let old = match &pod {
+            Some(new) => self.pods.insert(key.clone(), new.clone()),
+            None => self.pods.remove(key),
+        };
+        if old == pod {
+            return;
+        }
+        for pod in old.iter().chain(&pod) {
+            let from = ObjectKey::new(key.namespace.clone(), "");
+            for (service, selection) in self.services.range(from..) {
+                if service.namespace != key.namespace {
+                    break;
+                }
+                if selection.matches(pod) {
+                    self.dirty.insert(service.clone());
+                }
+            }
+        }
+    }
+
+    /// The zone of a Node is known, changed, or (`None`) not known any more.
+    pub fn set_zone(&mut self, node: &str, zone: Option<String>) {
+        let old = match zone.clone() {
+            Some(zone) => self.zones.insert(node.to_owned(), zone),
+            None => self.zones.remove(node),
+        };
+        if old != zone {
+            // The zone of an endpoint is only shown: rare enough to compute all again.
+            self.dirty.extend(self.services.keys().cloned());
+        }
+    }
+
+    /// Computes what changes since the last call can have touched and returns the slices that differ, new and changed
+    /// ones before those that are gone: an endpoint that moves between two slices is never missing (E11).
+    pub fn flush(&mut self) -> Vec<Delta<Slice>> {
+        let mut applied = Vec::new();
+        let mut deleted = Vec::new();
+        for service in std::mem::take(&mut self.dirty) {
+            let new = self.compute(&service);
+            let old = self.slices.remove(&service).unwrap_or_default();
+            deleted.extend(old.keys().filter(|key| !new.contains_key(key)).cloned().map(Delta::Delete));
+            applied.extend(
+                new.iter()
+                    .filter(|(key, slice)| old.get(key) != Some(slice))
+                    .map(|(_, slice)| Delta::Apply(Ok(slice.clone()))),
+            );
+            if !new.is_empty() {
+                self.slices.insert(service, new);
+            }
+        }
+        applied.append(&mut deleted);
+        applied
+    }
+
+    /// All derived slices as of the last [`Derive::flush`].
+    pub fn slices(&self) -> impl Iterator<Item = &Slice> {
+        self.slices.values().flat_map(BTreeMap::values)
+    }
+
+    fn compute(&self, service: &ObjectKey) -> Slices {
+        let Some(selection) = self.services.get(service) else {
+            return Slices::new();
+        };
+        let mut groups: BTreeMap<(Family, PortMapping), Vec<SliceEndpoint>> = BTreeMap::new();
+        let from = ObjectKey::new(service.namespace.clone(), "");
+        let pods = self.pods.range(from..).take_while(|(key, _)| key.namespace == service.namespace);
+        for (_, pod) in pods {
+            if pod.finished || !selection.matches(pod) {
+                continue;
+            }
+            let ports: PortMapping =
+                selection.ports_of(pod).into_iter().map(|p| (p.name, p.protocol, p.port)).collect();
+            if ports.is_empty() {
+                continue;
+            }
+            for &family in &selection.families {
+                let Some(&address) = pod.addresses.iter().find(|ip| Family::of(ip) == family) else {
+                    continue;
+                };
+                let zone = pod.node.as_ref().and_then(|node| self.zones.get(node)).cloned();
+                groups.entry((family, ports.clone())).or_default().push(SliceEndpoint {
+                    address,
+                    node: pod.node.clone(),
+                    zone,
+                    ready: selection.publish_not_ready || (pod.ready && !pod.terminating),
+                    serving: pod.ready,
+                    terminating: pod.terminating,
+                    node_hints: Vec::new(),
+                    zone_hints: Vec::new(),
+                });
+            }
+        }
+        let mut index = 0;
+        let mut last = None;
+        groups
+            .into_iter()
+            .map(|((family, ports), endpoints)| {
+                index = if last == Some(family) { index + 1 } else { 0 };
+                last = Some(family);
+                // '~' and ':' cannot be in a name of the API: no collision. '~' sorts last, so of two equal endpoints
+                // the one from a file, which may carry hints, counts (E9).
+                let name = format!("~derived:{}:{}:{index}", service.name, family.name());
+                let key = ObjectKey::new(service.namespace.clone(), name);
+                let ports = ports
+                    .into_iter()
+                    .map(|(name, protocol, port)| SlicePort { name, protocol, port })
+                    .collect();
+                let slice = Slice {
+                    key: key.clone(),
+                    service: Some(service.name.clone()),
+                    family: Some(family),
+                    ports,
+                    endpoints,
+                    problems: Vec::new(),
+                };
+                (key, slice)
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,265 @@
+//! What all manifest files together say, and what changes when one of them does. No IO.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use tracing::warn;
+
+use super::document::{Broken, Entry, Id, Kind, Object, Parsed};
+use crate::object::{Change, Delta, Node, Problem, Read, Service, Slice};
+use crate::source::derive::Derive;
+
+/// One file, as last read.
+#[derive(Default)]
+struct File {
+    objects: BTreeMap<Id, Arc<Object>>,
+    broken: Vec<Broken>,
+}
+
+/// What was last said of an object.
+#[derive(Clone, PartialEq, Eq, Default)]
+struct Said {
+    /// Its last good state, and the other places that claim it, too.
+    good: Option<(Arc<Object>, Vec<String>)>,
+    /// Why its present text cannot be read.
+    broken: Option<Broken>,
+}
+
+/// All files. Files are known by name, and the first by name wins where two hold the same object.
+#[derive(Default)]
+pub(super) struct Store {
+    files: BTreeMap<String, File>,
+    /// Which files have, or had when last readable, an object, or have a broken one of that name.
+    claims: BTreeMap<Id, BTreeSet<String>>,
+    said: BTreeMap<Id, Said>,
+    derive: Derive,
+}
+
+impl Store {
+    /// Names of the files that there are.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.files.keys().map(String::as_str)
+    }
+
+    /// A file is new, changed or (`None`) gone. Returns what that changes: what is new and changed first, then what is
+    /// gone, so that what moves from one file to another is never missing.
+    pub(super) fn update(&mut self, updates: Vec<(String, Option<Parsed>)>) -> Vec<Change> {
+        let mut touched = BTreeSet::new();
+        let mut keyless = Vec::new();
+        for (name, parsed) in updates {
+            self.replace(&name, parsed, &mut touched, &mut keyless);
+        }
+        let mut applied: Vec<Change> = Vec::new();
+        let mut deleted = Vec::new();
+        for id in touched {
+            let said = self.say(&id);
+            let old = if said == Said::default() {
+                self.said.remove(&id)
+            } else {
+                self.said.insert(id.clone(), said.clone())
+            }
+            .unwrap_or_default();
+            if old == said {
+                continue;
+            }
+            self.feed_derive(&id, said.good.as_ref().map(|(object, _)| object.as_ref()));
+            if said == Said::default() {
+                deleted.extend(deletion(id));
+                continue;
+            }
+            // Good news first: a broken text of an object has its last good state in force.
+            if let Some(good) = said.good.as_ref().filter(|_| old.good != said.good || said.broken.is_none())
+            {
+                applied.extend(application(&id, good));
+            }
+            if let Some(broken) = said.broken.as_ref().filter(|_| old.broken != said.broken) {
+                applied.extend(failure(id.kind, broken));
+            }
+        }
+        let derived = self.derive.flush().into_iter().map(Change::Slice);
+        for change in derived {
+            match change {
+                Change::Slice(Delta::Delete(_)) => deleted.push(change),
+                Change::Slice(Delta::Apply(_) | Delta::List(_))
+                | Change::Service(_)
+                | Change::Node(_)
+                | Change::OwnAddresses(_) => applied.push(change),
+            }
+        }
+        applied.extend(keyless.iter().flat_map(|broken| failure(Kind::Service, broken)));
+        applied.append(&mut deleted);
+        applied
+    }
+
+    /// All there is, as complete lists.
+    pub(super) fn lists(&self) -> Vec<Change> {
+        let mut nodes: Vec<Read<Node>> = Vec::new();
+        let mut services: Vec<Read<Service>> = Vec::new();
+        let mut slices: Vec<Read<Slice>> = Vec::new();
+        let keyless = self.files.values().flat_map(|f| &f.broken).filter(|b| b.id.is_none());
+        services.extend(keyless.map(|broken| Err(broken.unreadable())));
+        for (id, said) in &self.said {
+            let changes = match (&said.good, &said.broken) {
+                (Some(good), _) => application(id, good),
+                (None, Some(broken)) => failure(id.kind, broken),
+                (None, None) => None,
+            };
+            match changes {
+                Some(Change::Node(Delta::Apply(node))) => nodes.push(node),
+                Some(Change::Service(Delta::Apply(service))) => services.push(service),
+                Some(Change::Slice(Delta::Apply(slice))) => slices.push(slice),
+                Some(
+                    Change::Node(Delta::List(_) | Delta::Delete(_))
+                    | Change::Service(Delta::List(_) | Delta::Delete(_))
+                    | Change::Slice(Delta::List(_) | Delta::Delete(_))
+                    | Change::OwnAddresses(_),
+                )
+                | None => {}
+            }
+        }
+        slices.extend(self.derive.slices().cloned().map(Ok));
+        vec![
+            Change::Node(Delta::List(nodes)),
+            Change::Service(Delta::List(services)),
+            Change::Slice(Delta::List(slices)),
+        ]
+    }
+
+    /// Puts the new content of one file in place of the old.
+    fn replace(
+        &mut self,
+        name: &str,
+        parsed: Option<Parsed>,
+        touched: &mut BTreeSet<Id>,
+        keyless: &mut Vec<Broken>,
+    ) {
+        let old = self.files.remove(name).unwrap_or_default();
+        for id in old.objects.keys().chain(old.broken.iter().filter_map(|b| b.id.as_ref())) {
+            if let Some(files) = self.claims.get_mut(id) {
+                files.remove(name);
+            }
+            touched.insert(id.clone());
+        }
+        let Some(Parsed { entries, broken }) = parsed else {
+            return;
+        };
+        let mut new = File { objects: BTreeMap::new(), broken };
+        for Entry { id, object, line } in entries {
+            if new.objects.contains_key(&id) {
+                warn!("{name}:{line}: {id}: there twice in this file; the first one counts");
+                continue;
+            }
+            new.objects.insert(id, Arc::new(object));
+        }
+        if !new.broken.is_empty() {
+            // Nobody can tell what a broken text was meant to hold: a file with one takes nothing away.
+            for (id, object) in &old.objects {
+                new.objects.entry(id.clone()).or_insert_with(|| Arc::clone(object));
+            }
+        }
+        for broken in new.broken.iter().filter(|broken| !old.broken.contains(broken)) {
+            warn!("{broken}; what it held before stays in force");
+            if broken.id.is_none() {
+                keyless.push(broken.clone());
+            }
+        }
+        for id in new.objects.keys().chain(new.broken.iter().filter_map(|b| b.id.as_ref())) {
+            self.claims.entry(id.clone()).or_default().insert(name.to_owned());
+            touched.insert(id.clone());
+        }
+        self.files.insert(name.to_owned(), new);
+    }
+
+    /// What is to be said of an object now.
+    fn say(&mut self, id: &Id) -> Said {
+        let Some(claims) = self.claims.get(id) else {
+            return Said::default();
+        };
+        let mut said = Said::default();
+        for name in claims {
+            let Some(file) = self.files.get(name) else {
+                continue;
+            };
+            match (file.objects.get(id), &mut said.good) {
+                // S3: as if it were not there.
+                (Some(object), _) if **object == Object::Excluded => {}
+                (Some(object), None) => said.good = Some((Arc::clone(object), Vec::new())),
+                (Some(_), Some((_, others))) => others.push(name.clone()),
+                (None, _) => {}
+            }
+            if said.broken.is_none() {
+                said.broken = file.broken.iter().find(|b| b.id.as_ref() == Some(id)).cloned();
+            }
+        }
+        if claims.is_empty() {
+            self.claims.remove(id);
+        }
+        said
+    }
+
+    fn feed_derive(&mut self, id: &Id, object: Option<&Object>) {
+        match (id.kind, object) {
+            (Kind::Service, Some(Object::Service(_, selection))) => {
+                self.derive.set_service(&id.key, selection.as_deref().cloned());
+            }
+            (Kind::Pod, Some(Object::Pod(pod))) => self.derive.set_pod(&id.key, Some((**pod).clone())),
+            (Kind::Node, Some(Object::Node(node))) => self.derive.set_zone(&node.name, node.zone.clone()),
+            (Kind::Service, _) => self.derive.set_service(&id.key, None),
+            (Kind::Pod, _) => self.derive.set_pod(&id.key, None),
+            (Kind::Node, _) => self.derive.set_zone(&id.key.name, None),
+            (Kind::Slice, _) => {}
+        }
+    }
+}
+
+fn application(id: &Id, (object, others): &(Arc<Object>, Vec<String>)) -> Option<Change> {
+    let problem = (!others.is_empty()).then(|| Problem {
+        object: id.to_string(),
+        field: String::new(),
+        message: format!("also in {}: ignored there, the first file by name counts", others.join(", ")),
+    });
+    match object.as_ref() {
+        Object::Service(service, _) => {
+            let mut service = Service::clone(service);
+            service.problems.extend(problem);
+            Some(Change::Service(Delta::Apply(Ok(service))))
+        }
+        Object::Slice(slice) => {
+            let mut slice = Slice::clone(slice);
+            slice.problems.extend(problem);
+            Some(Change::Slice(Delta::Apply(Ok(slice))))
+        }
+        Object::Node(node) => {
+            let mut node = Node::clone(node);
+            node.problems.extend(problem);
+            Some(Change::Node(Delta::Apply(Ok(node))))
+        }
+        Object::Pod(_) => {
+            if let Some(problem) = problem {
+                warn!("{}: {}", problem.object, problem.message);
+            }
+            None
+        }
+        Object::Excluded => None,
+    }
+}
+
+fn failure(kind: Kind, broken: &Broken) -> Option<Change> {
+    let unreadable = broken.unreadable();
+    match kind {
+        Kind::Node => Some(Change::Node(Delta::Apply(Err(unreadable)))),
+        Kind::Service => Some(Change::Service(Delta::Apply(Err(unreadable)))),
+        Kind::Slice => Some(Change::Slice(Delta::Apply(Err(unreadable)))),
+        // Pods are not reported, so neither is what is wrong with one; the log has it.
+        Kind::Pod => None,
+    }
+}
+
+fn deletion(id: Id) -> Option<Change> {
+    match id.kind {
+        Kind::Node => Some(Change::Node(Delta::Delete(id.key))),
+        Kind::Service => Some(Change::Service(Delta::Delete(id.key))),
+        Kind::Slice => Some(Change::Slice(Delta::Delete(id.key))),
+        Kind::Pod => None,
+    }
+}

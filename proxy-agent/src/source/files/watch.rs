@@ -1,0 +1,356 @@
+//! Follows a directory of manifests.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, Metadata};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::{self, ErrorKind, Read};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use inotify::{EventMask, Inotify, WatchDescriptor, WatchMask};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use tokio::sync::mpsc::UnboundedSender;
+use tracing::{debug, error, info, warn};
+
+use super::Error;
+use super::document::{Broken, Parsed, parse};
+use super::store::Store;
+use crate::object::{Change, Delta};
+
+/// Larger files are named and not read: their objects as values would take some twenty times as much memory.
+const MAX_FILE_BYTES: u64 = 64 << 20;
+
+/// How often to look for what inotify does not tell: the directory replaced by another, a link's target rewritten.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
+
+/// How long to wait for the other half of a rename, which the kernel reports as two events.
+const RENAME_WAIT_MS: u8 = 1;
+
+/// `CLOSE_WRITE`, not `MODIFY`: a file that is being written is half a file. `CREATE` is for links.
+const EVENTS: WatchMask = WatchMask::CLOSE_WRITE
+    .union(WatchMask::MOVED_FROM)
+    .union(WatchMask::MOVED_TO)
+    .union(WatchMask::CREATE)
+    .union(WatchMask::DELETE)
+    .union(WatchMask::ATTRIB)
+    .union(WatchMask::DELETE_SELF)
+    .union(WatchMask::MOVE_SELF)
+    .union(WatchMask::ONLYDIR);
+
+/// What tells one content of a file from another without reading it.
+type Stamp = (u64, u64, u64, i64, i64);
+
+fn stamp(metadata: &Metadata) -> Stamp {
+    (metadata.dev(), metadata.ino(), metadata.size(), metadata.mtime(), metadata.mtime_nsec())
+}
+
+/// What is known of a file besides its objects.
+struct Seen {
+    /// Of the bytes last read, if they could be: the same bytes need no second look.
+    content: Option<u64>,
+    /// Of a link's target, which may change without an event here.
+    link: Option<Stamp>,
+}
+
+/// The directory and what is in it.
+pub(super) struct Files {
+    dir: PathBuf,
+    seen: BTreeMap<String, Seen>,
+    store: Store,
+}
+
+impl Files {
+    pub(super) fn new(dir: &Path) -> Self {
+        Self { dir: dir.to_owned(), seen: BTreeMap::new(), store: Store::default() }
+    }
+
+    pub(super) fn lists(&self) -> Vec<Change> {
+        self.store.lists()
+    }
+
+    /// Reads all files of the directory.
+    pub(super) fn scan(&mut self) -> Result<Vec<Change>, Error> {
+        let list = |source| Error::List { dir: self.dir.clone(), source };
+        let mut names: BTreeSet<String> = self.store.names().map(str::to_owned).collect();
+        for entry in fs::read_dir(&self.dir).map_err(list)? {
+            let name = entry.map_err(list)?.file_name();
+            match name.to_str() {
+                Some(name) if is_manifest(name) => {
+                    names.insert(name.to_owned());
+                }
+                Some(_) => {}
+                None => warn!(dir = %self.dir.display(), ?name, "file name is not UTF-8; ignored"),
+            }
+        }
+        Ok(self.read(names))
+    }
+
+    /// Reads files of the directory, or finds that they are gone.
+    fn read(&mut self, names: impl IntoIterator<Item = String>) -> Vec<Change> {
+        let mut updates = Vec::new();
+        for name in names {
+            let path = self.dir.join(&name);
+            let is_link = fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_symlink());
+            let (content, link, parsed) = match read_file(&path) {
+                Ok(None) => {
+                    if self.seen.remove(&name).is_some() {
+                        updates.push((name, None));
+                    }
+                    continue;
+                }
+                Ok(Some((bytes, metadata))) => {
+                    let mut hasher = DefaultHasher::new();
+                    bytes.hash(&mut hasher);
+                    let content = Some(hasher.finish());
+                    let link = is_link.then(|| stamp(&metadata));
+                    if let Some(seen) = self.seen.get_mut(&name).filter(|seen| seen.content == content) {
+                        seen.link = link;
+                        continue;
+                    }
+                    (content, link, parse(&name, &bytes))
+                }
+                Err(message) => {
+                    let broken = vec![Broken::file(&name, message)];
+                    (None, None, Parsed { entries: Vec::new(), broken })
+                }
+            };
+            self.seen.insert(name.clone(), Seen { content, link });
+            updates.push((name, Some(parsed)));
+        }
+        if updates.is_empty() { Vec::new() } else { self.store.update(updates) }
+    }
+
+    /// Links whose targets changed.
+    fn changed_links(&self) -> Vec<String> {
+        self.seen
+            .iter()
+            .filter(|(name, seen)| {
+                seen.link.is_some_and(|old| {
+                    fs::metadata(self.dir.join(name)).map_or(true, |metadata| stamp(&metadata) != old)
+                })
+            })
+            .map(|(name, _)| name.clone())
+            .collect()
+    }
+}
+
+/// Hidden files are editors' and ConfigMap volumes' own.
+fn is_manifest(name: &str) -> bool {
+    !name.starts_with('.') && [".yaml", ".yml", ".json"].iter().any(|end| name.ends_with(end))
+}
+
+/// The bytes of a file; `None` if there is none of that name, or no regular one.
+fn read_file(path: &Path) -> Result<Option<(Vec<u8>, Metadata)>, String> {
+    let failed = |error: io::Error| format!("cannot be read: {error}");
+    // A pipe would block for ever when opened, a device when read.
+    let open = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path);
+    let file = match open {
+        Ok(file) => file,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        // A socket.
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => return Ok(None),
+        Err(error) => return Err(failed(error)),
+    };
+    let metadata = file.metadata().map_err(failed)?;
+    if !metadata.is_file() {
+        debug!(path = %path.display(), "not a regular file; ignored");
+        return Ok(None);
+    }
+    let mut bytes =
+        Vec::with_capacity(usize::try_from(metadata.len().min(MAX_FILE_BYTES)).unwrap_or_default());
+    file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > MAX_FILE_BYTES {
+        return Err(format!("larger than {} MiB", MAX_FILE_BYTES >> 20));
+    }
+    Ok(Some((bytes, metadata)))
+}
+
+/// What a batch of events says.
+#[derive(Default)]
+struct Events {
+    names: BTreeSet<String>,
+    /// Events were lost: look at everything.
+    scan: bool,
+    /// Something was replaced that links may lead through (`..data` of a ConfigMap volume).
+    links: bool,
+    /// The directory itself went.
+    dir_gone: bool,
+    /// First halves of renames, by cookie.
+    half_renames: BTreeSet<u32>,
+}
+
+/// Whether a file that just appeared is all there: a link is, what is being written is not (`CLOSE_WRITE` follows).
+fn is_complete(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_symlink() || metadata.nlink() > 1)
+}
+
+struct Watch {
+    path: PathBuf,
+    inotify: Inotify,
+    descriptor: WatchDescriptor,
+    /// Device and inode of the directory that is watched.
+    dir: (u64, u64),
+}
+
+impl Watch {
+    fn new(dir: &Path) -> io::Result<Self> {
+        let inotify = Inotify::init()?;
+        let descriptor = inotify.watches().add(dir, EVENTS)?;
+        // After the watch is there: if the directory is replaced in between, the next look notices.
+        let metadata = fs::metadata(dir)?;
+        Ok(Self { path: dir.to_owned(), inotify, descriptor, dir: (metadata.dev(), metadata.ino()) })
+    }
+
+    /// Adds what has happened since to `events`.
+    fn drain(&mut self, events: &mut Events) -> io::Result<()> {
+        let mut buffer = [0; 16 << 10];
+        loop {
+            let batch = match self.inotify.read_events(&mut buffer) {
+                Ok(batch) => batch,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            };
+            for event in batch {
+                if event.mask.contains(EventMask::Q_OVERFLOW) {
+                    events.scan = true;
+                    continue;
+                }
+                if event.wd != self.descriptor {
+                    continue;
+                }
+                if event.mask.contains(EventMask::MOVED_FROM) {
+                    events.half_renames.insert(event.cookie);
+                } else if event.mask.contains(EventMask::MOVED_TO) {
+                    events.half_renames.remove(&event.cookie);
+                }
+                let gone =
+                    EventMask::DELETE_SELF | EventMask::MOVE_SELF | EventMask::IGNORED | EventMask::UNMOUNT;
+                events.dir_gone |= event.mask.intersects(gone);
+                let Some(name) = event.name.and_then(|name| name.to_str()) else {
+                    continue;
+                };
+                let created = event.mask.contains(EventMask::CREATE);
+                if !is_manifest(name) {
+                    events.links |= created || event.mask.contains(EventMask::MOVED_TO);
+                } else if !created || is_complete(&self.path.join(name)) {
+                    events.names.insert(name.to_owned());
+                }
+            }
+        }
+    }
+}
+
+/// Sends lists, then changes, until the receiver or the other end of `stop` is gone.
+pub(super) fn follow(
+    dir: &Path,
+    node_name: &str,
+    tx: &UnboundedSender<Change>,
+    stop: &UnixStream,
+) -> Result<(), Error> {
+    let failed = |source| Error::Watch { dir: dir.to_owned(), source };
+    // Watch first, read then: what changes in between is read twice rather than missed.
+    let mut watch = Watch::new(dir).map_err(failed)?;
+    let mut files = Files::new(dir);
+    files.scan()?;
+    let lists = files.lists();
+    warn_of_missing_node(&lists, node_name);
+    if !send(tx, lists) {
+        return Ok(());
+    }
+    let mut dir_missing = false;
+    loop {
+        let timeout = PollTimeout::try_from(LOOK_AGAIN).unwrap_or(PollTimeout::MAX);
+        let Some(woken) = wait(&watch, Some(stop), timeout).map_err(failed)? else {
+            return Ok(());
+        };
+        let mut events = Events::default();
+        if woken {
+            watch.drain(&mut events).map_err(failed)?;
+            if !events.half_renames.is_empty()
+                && wait(&watch, None, PollTimeout::from(RENAME_WAIT_MS)).map_err(failed)? == Some(true)
+            {
+                watch.drain(&mut events).map_err(failed)?;
+            }
+        }
+        if !woken || events.dir_gone {
+            let now = fs::metadata(dir).map(|metadata| (metadata.dev(), metadata.ino()));
+            if now.as_ref().ok() != Some(&watch.dir) {
+                match now.and_then(|_| Watch::new(dir)) {
+                    Ok(new) => {
+                        info!(dir = %dir.display(), "the manifest directory was replaced; reading the new one");
+                        watch = new;
+                        dir_missing = false;
+                        events.scan = true;
+                    }
+                    // A directory that is not there is not an empty one.
+                    Err(error) => {
+                        if !dir_missing {
+                            error!(dir = %dir.display(), %error, "the manifest directory is gone; its last state stays in force");
+                        }
+                        dir_missing = true;
+                    }
+                }
+            }
+            events.links = true;
+        }
+        if dir_missing {
+            if tx.is_closed() {
+                return Ok(());
+            }
+            continue;
+        }
+        if events.links {
+            events.names.extend(files.changed_links());
+        }
+        let changes = if events.scan {
+            match files.scan() {
+                Ok(changes) => changes,
+                Err(error) => {
+                    error!(error = &error as &dyn std::error::Error, "the last state stays in force");
+                    // Look at the directory again from the start.
+                    watch.dir = (0, 0);
+                    continue;
+                }
+            }
+        } else {
+            files.read(events.names)
+        };
+        if !send(tx, changes) || tx.is_closed() {
+            return Ok(());
+        }
+    }
+}
+
+/// Whether there are events, within the time; `None` if the other end of `stop` is gone.
+fn wait(watch: &Watch, stop: Option<&UnixStream>, timeout: PollTimeout) -> io::Result<Option<bool>> {
+    let mut fds = vec![PollFd::new(watch.inotify.as_fd(), PollFlags::POLLIN)];
+    fds.extend(stop.map(|stop| PollFd::new(stop.as_fd(), PollFlags::POLLIN)));
+    match poll(&mut fds, timeout) {
+        Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let ready = |fd: Option<&PollFd<'_>>| fd.and_then(PollFd::any).unwrap_or(false);
+    Ok(if ready(fds.get(1)) { None } else { Some(ready(fds.first())) })
+}
+
+/// False if nobody listens any more.
+fn send(tx: &UnboundedSender<Change>, changes: Vec<Change>) -> bool {
+    changes.into_iter().all(|change| tx.send(change).is_ok())
+}
+
+/// O4: a wrong name makes every endpoint remote.
+fn warn_of_missing_node(lists: &[Change], node_name: &str) {
+    for list in lists {
+        if let Change::Node(Delta::List(nodes)) = list
+            && !nodes.is_empty()
+            && !nodes.iter().flatten().any(|node| node.name == node_name)
+        {
+            let names: Vec<_> = nodes.iter().flatten().map(|node| node.name.as_str()).collect();
+            warn!(node_name, known = ?names, "no manifest of the own Node: no endpoint is local, no zone is known");
+        }
+    }
+}
