@@ -9,7 +9,7 @@ mod endpoints;
 mod facts;
 mod frontends;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::BTreeSet;
 use std::fmt;
