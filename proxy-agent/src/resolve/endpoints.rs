@@ -59,9 +59,9 @@ impl Candidate<'_> {
         self.endpoint.ready
     }
 
-    /// What the fallbacks of P3 and P4 take. `ready` wins over `terminating` (P5).
+    /// What the fallbacks of P3 and P4 take; they come into play only where nothing is ready.
     fn last_resort(&self) -> bool {
-        !self.endpoint.ready && self.endpoint.serving && self.endpoint.terminating
+        self.endpoint.serving && self.endpoint.terminating
     }
 
     /// By place, and at one place the one that E9 keeps first. What E9 leaves open is ordered by content, so that the

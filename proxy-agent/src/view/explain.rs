@@ -475,7 +475,9 @@ impl<'a> Question<'a> {
                 (Path::Socket, "translated once, when the socket connects or sends".to_owned())
             }
             Verdict::Untouched => (Path::Socket, "the socket hooks let it pass".to_owned()),
-            Verdict::Drop => because("a drop must time out, and a socket hook can only refuse at once (B2)"),
+            Verdict::Drop => {
+                because("a drop must time out (Z5), and a socket hook can only refuse at once (B2)")
+            }
             Verdict::Reject if !found => because("only exact frontends are known to the socket hooks (Z6)"),
             Verdict::Reject => match self.to.protocol {
                 Protocol::Tcp => (Path::Socket, "connect() fails with ECONNREFUSED (Z4)".to_owned()),

@@ -50,7 +50,7 @@ fn oracle(endpoints: &[SliceEndpoint], policies: &Policies) -> Answer {
     let serving_terminating = |e: &SliceEndpoint| e.serving && e.terminating;
     let local = |e: &SliceEndpoint| e.node == Some("n1".to_owned());
     // P2.
-    let cluster_needed = !(policies.internal_local && !policies.external);
+    let cluster_needed = !policies.internal_local || policies.external;
     let local_needed = policies.internal_local || (policies.external_local && policies.external);
     // P6, from ready endpoints only.
     let ready: Vec<&SliceEndpoint> = endpoints.iter().filter(|e| e.ready).collect();

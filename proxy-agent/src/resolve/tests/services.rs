@@ -107,6 +107,34 @@ fn s12_duplicate_ports_inside_one_service() {
 }
 
 #[test]
+fn a2_ports_and_families_are_units_of_their_own_to_affinity() {
+    let service = Service {
+        cluster_ip: PerFamily { v4: Some(ip("10.96.0.7")), v6: Some(ip("fd00:96::7")) },
+        ports: vec![node_port("a", 80, 30080), port("b", 81)],
+        affinity_timeout_s: Some(60),
+        external_ips: ips(&["203.0.113.1"]),
+        ..service("svc")
+    };
+    let (resolved, _) = resolve_in(&context(), &service, &[]);
+    let units: Vec<(String, Family, usize)> =
+        resolved.iter().map(|r| (r.key.to_string(), r.key.family, r.frontends.len())).collect();
+    // All VIPs of a port lead to the one unit, so the VIP is not in the affinity key.
+    let expected = [
+        ("ns/svc:a/TCP", Family::V4, 3),
+        ("ns/svc:a/TCP", Family::V6, 2),
+        ("ns/svc:b/TCP", Family::V4, 2),
+        ("ns/svc:b/TCP", Family::V6, 1),
+    ];
+    assert_eq!(units, expected.map(|(name, family, frontends)| (name.to_owned(), family, frontends)));
+}
+
+#[test]
+fn x5_the_health_check_port_is_no_frontend() {
+    let service = Service { health_check_node_port: Some(32_000), external_local: true, ..every_kind() };
+    assert!(one(&service).frontends.iter().all(|frontend| frontend.port != 32_000));
+}
+
+#[test]
 fn a1_h1_pass_through() {
     let service =
         Service { affinity_timeout_s: Some(10_800), health_check_node_port: Some(32_000), ..service("svc") };

@@ -256,9 +256,10 @@ fn snat(model: &Model, from: &str, to: &str) -> String {
 }
 
 #[test]
-fn m2_m3_m4_whose_source_is_replaced() {
+fn m2_m3_m4_m9_whose_source_is_replaced() {
     let by_origin = |model: &Model, to: &str| [NODE, POD, OUTSIDE].map(|from| snat(model, from, to));
     let model = model_of(full(), vec![spread()]);
+    // M9: a pod is seen with its own address, across nodes too.
     assert_eq!(by_origin(&model, CLUSTER_IP), ["all", "none", "all"]);
     for to in EXTERNAL {
         assert_eq!(by_origin(&model, to), ["all", "all", "all"]);
@@ -291,9 +292,16 @@ fn m5_m10_depend_on_the_endpoint() {
 fn m6_internal_policy_and_hints_do_not_change_snat() {
     let plain = model_of(full(), vec![spread()]);
     let local = model_of(Service { internal_local: true, ..full() }, vec![spread()]);
+    let mut hinted = spread();
+    for (endpoint, zone) in hinted.endpoints.iter_mut().zip(["a", "b"]) {
+        endpoint.zone_hints = vec![zone.to_owned()];
+    }
+    let hinted = model_of(full(), vec![hinted]);
+    assert_eq!(ask(&hinted, POD, CLUSTER_IP).endpoints.len(), 1);
     for from in [NODE, POD, OUTSIDE] {
         for to in EXTERNAL.into_iter().chain([CLUSTER_IP]) {
             assert_eq!(snat(&plain, from, to), snat(&local, from, to));
+            assert_eq!(snat(&plain, from, to), snat(&hinted, from, to));
         }
     }
 }
