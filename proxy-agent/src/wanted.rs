@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::claims::{Claims, FrontendId};
 use crate::model::Model;
-use crate::object::{ObjectKey, Problem};
+use crate::object::{ObjectKey, PerFamily, Problem};
 use crate::resolve::{Resolved, ServicePortKey};
 
 /// Every Service resolved, and who owns each frontend.
@@ -13,6 +13,8 @@ pub struct Wanted {
     services: BTreeMap<ObjectKey, Vec<Resolved>>,
     problems: BTreeMap<ObjectKey, Vec<Problem>>,
     claims: Claims,
+    /// P11 depends on it, and no [`Resolved`] shows it.
+    detects_local_pods: PerFamily<bool>,
 }
 
 impl Wanted {
@@ -31,10 +33,13 @@ impl Wanted {
         services: impl IntoIterator<Item = &'a ObjectKey>,
     ) -> BTreeSet<ObjectKey> {
         let mut changed = BTreeSet::new();
+        // The model marks every Service when this changes, so all that needs it is among `services`.
+        let detection_changed = self.detects_local_pods != model.facts().detects_local_pods;
+        self.detects_local_pods = model.facts().detects_local_pods;
         for key in services {
             let (resolved, problems) = model.resolve(key).unwrap_or_default();
             changed.extend(self.claims.update(key, &resolved));
-            if self.service(key) != resolved {
+            if detection_changed || self.service(key) != resolved {
                 changed.insert(key.clone());
             }
             if resolved.is_empty() {
@@ -92,49 +97,4 @@ impl Wanted {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::object::{Change, Delta, Service};
-    use crate::resolve::Policy;
-    use crate::resolve::tests::build::*;
-
-    /// The incremental way and the full way give the same, whatever the order, and only what changed is named.
-    #[test]
-    fn an_update_equals_a_full_resolve() {
-        let claiming = |name: &str, cluster_ip: &str| {
-            let mut service = Service { external_ips: ips(&["203.0.113.1"]), ..service(name) };
-            service.cluster_ip.v4 = Some(ip(cluster_ip));
-            service
-        };
-        let (a, b, c) = (claiming("a", "10.96.0.1"), claiming("b", "10.96.0.2"), claiming("c", "10.96.0.3"));
-        let b_ready = slice("b-1", "b", vec![endpoint("10.244.2.1")]);
-        let steps: Vec<(Change, &[&str])> = vec![
-            (Change::Service(Delta::Apply(Ok(a.clone()))), &["a"]),
-            (Change::Service(Delta::Apply(Ok(b))), &["b"]),
-            (Change::Service(Delta::Apply(Ok(c))), &["c"]),
-            // S12: b gets an endpoint and with it the external IP.
-            (Change::Slice(Delta::Apply(Ok(b_ready))), &["a", "b"]),
-            (Change::Service(Delta::Apply(Ok(a.clone()))), &[]),
-            (Change::Service(Delta::Delete(ObjectKey::new("ns", "b"))), &["a", "b"]),
-            (Change::Service(Delta::Delete(ObjectKey::new("ns", "a"))), &["a", "c"]),
-        ];
-        let mut model = model_with(Policy::default(), Vec::new(), Vec::new());
-        let mut wanted = Wanted::default();
-        for (step, (change, expected)) in steps.into_iter().enumerate() {
-            model.apply(change);
-            let dirty = model.take_dirty();
-            let changed = wanted.update(&model, &dirty);
-            let names: Vec<&str> = changed.iter().map(|key| key.name.as_str()).collect();
-            assert_eq!(names, expected, "step {step}");
-            let full = Wanted::of(&model);
-            assert_eq!(
-                (&wanted.services, wanted.problems()),
-                (&full.services, full.problems()),
-                "step {step}"
-            );
-            for resolved in full.all() {
-                assert!(wanted.claims.won(resolved).eq(full.claims.won(resolved)), "step {step}");
-            }
-        }
-    }
-}
+mod tests;
