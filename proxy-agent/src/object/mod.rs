@@ -262,3 +262,6 @@ pub enum Change {
 
 /// Labels or annotations.
 pub type Labels = BTreeMap<String, String>;
+
+#[cfg(test)]
+mod tests;
