@@ -12,6 +12,7 @@ use anyhow::{Context, Result, ensure};
 use sheave_tests::{
     agent::Agent,
     client::Client,
+    engine::monotonic_ns,
     lab::{Lab, Node, Place},
     manifests::{Object, lab_node, lab_pod, service},
     protocol::{Dial, LoopReport, LoopSpec, Transport},
@@ -49,7 +50,7 @@ pub(crate) fn run() -> Result<()> {
     demo.step(1, "Three pods and the Service `simpleservice`, as YAML files; then the agent starts.");
     lab.manifests().write("node", &[lab_node(demo.node)])?;
     lab.manifests().write("simpleservice", &[simpleservice()])?;
-    demo.scale(0..3)?;
+    demo.scale(3)?;
     let agent = Agent::start(&lab, demo.node)?;
     println!(
         "   kubectl would show: simpleservice  80/TCP -> {HTTP_TARGET}, 53/UDP -> {DNS_TARGET}, both families"
@@ -59,24 +60,22 @@ pub(crate) fn run() -> Result<()> {
     demo.show_peer()?;
 
     demo.step(2, "Two pods more: their files are written, nobody is told.");
-    demo.scale(0..5)?;
-    demo.await_pods(5)?;
+    demo.change(3, 5)?;
     demo.table(5)?;
 
     demo.step(
         3,
         "Down to one: four files are removed (the processes still run, but nobody gets there any more).",
     );
-    demo.scale(0..1)?;
-    demo.await_pods(1)?;
+    demo.change(5, 1)?;
     demo.table(1)?;
 
     demo.step(4, "No pod left: a client is refused at once, it need not wait for a time-out.");
-    demo.scale(0..0)?;
+    demo.scale(0)?;
     demo.await_refusal()?;
 
     demo.step(5, "Three pods again.");
-    demo.scale(0..3)?;
+    demo.scale(3)?;
     demo.await_pods(3)?;
     demo.table(3)?;
 
@@ -137,16 +136,41 @@ impl<'a> Demo<'a> {
         println!("\n{number}. {title}");
     }
 
-    /// Writes the files of the pods in a range, and removes those of the others.
-    fn scale(&self, running: std::ops::Range<usize>) -> Result<()> {
+    /// Writes the files of the first `running` pods, and removes those of the others.
+    fn scale(&self, running: usize) -> Result<()> {
         for index in 0..usize::from(PODS) {
             let name = pod_name(index);
-            if running.contains(&index) {
+            if index < running {
                 self.lab.manifests().write(&name, &[self.pod(&name, self.node.pod(index)?)])?;
             } else {
                 self.lab.manifests().remove(&name)?;
             }
         }
+        Ok(())
+    }
+
+    /// Scales while a client connects all the time, and says when the change reached it: the first answer of a pod
+    /// that came, or the last attempt that still led to one that went.
+    fn change(&self, from: usize, to: usize) -> Result<()> {
+        let spec = LoopSpec::new(Transport::Tcp, Dial::new(vip(VIPS[0], 80)?)).record();
+        let watch = self.client.start_loop(spec)?;
+        let changed_ns = monotonic_ns();
+        self.scale(to)?;
+        self.await_pods(to)?;
+        let report = self.client.stop_loop(watch)?;
+        ensure!(report.failed() == 0, "connections failed while pods changed: {:?}", report.first_failures);
+        let changing: Vec<_> = (from.min(to)..from.max(to)).map(pod_name).collect();
+        let mut seen = report
+            .records
+            .iter()
+            .filter(|record| record.result.as_ref().is_ok_and(|name| changing.contains(name)));
+        let live_ns = if to > from {
+            seen.next().context("no pod that came has answered")?.end_ns
+        } else {
+            seen.next_back().context("no pod that went had answered before")?.start_ns
+        };
+        let after = Duration::from_nanos(live_ns.saturating_sub(changed_ns));
+        println!("   live {:.1} ms after the first file changed", after.as_secs_f64() * 1000.0);
         Ok(())
     }
 

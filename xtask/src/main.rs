@@ -7,7 +7,11 @@ mod lint;
 mod setup;
 mod shell;
 
-use std::{ffi::OsString, os::unix::process::CommandExt, process::Command};
+use std::{
+    ffi::OsString,
+    os::unix::process::CommandExt,
+    process::{Command, ExitCode},
+};
 
 use anyhow::{Context, Result};
 use clap::Parser;
@@ -47,8 +51,18 @@ enum Verb {
     Lint,
 }
 
-fn main() -> Result<()> {
-    match Verb::parse() {
+fn main() -> ExitCode {
+    match run_verb(Verb::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run_verb(verb: Verb) -> Result<()> {
+    match verb {
         Verb::Setup => {
             setup::toolchain()?;
             setup::commands()
