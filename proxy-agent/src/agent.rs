@@ -8,8 +8,8 @@ use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
 
 use crate::claims::FrontendId;
 use crate::control::{Question, Reply, Request};
-use crate::dataplane::bpf::Kernel;
 use crate::dataplane::Limits;
+use crate::dataplane::bpf::Kernel;
 use crate::kernel::{self, Loaded, Pins, Settings};
 use crate::model::{Model, OwnAddresses};
 use crate::object::{Change, Delta, ObjectKey, Problem, Read};
@@ -68,7 +68,9 @@ impl Agent {
         let generation = config.pins.generations()?.first().copied().unwrap_or(0);
         let settings = Settings::of_this_host()?;
         if !settings.set_retval {
-            tracing::warn!("this kernel cannot refuse a connection with ECONNREFUSED (needs 5.18): left to the packet path");
+            tracing::warn!(
+                "this kernel cannot refuse a connection with ECONNREFUSED (needs 5.18): left to the packet path"
+            );
         }
         let loaded = Loaded::load(&config.pins, generation, config.limits, settings)?;
         let kernel = Kernel::of(&loaded, &config.pins)?;
@@ -168,7 +170,8 @@ impl Agent {
             self.told.service(key, self.wanted.problems_of(key));
         }
         let wanted: Vec<WantedService> = dirty.iter().map(|key| self.wanted_service(key)).collect();
-        let report = self.reconciler.sync(&mut self.kernel, &wanted, full, self.now_ms());
+        let now_ms = self.now_ms();
+        let report = self.reconciler.sync(&mut self.kernel, &wanted, full, now_ms);
         self.finish(&dirty, &report);
         self.status.synced(report.writes, begun.elapsed(), self.reconciler.frontend_count());
         if !self.synced {
@@ -235,7 +238,7 @@ impl Agent {
     fn answer(&self, question: Question) {
         let reply = match question.request {
             Request::Status => Reply::of(&self.status.view(&self.model, &self.failed, &self.told.all())),
-            Request::Plan => Reply::of(&view::plan::plan_of(&self.model, &self.wanted)),
+            Request::Plan => Reply::rendered(&view::plan::plan_of(&self.model, &self.wanted), None),
             Request::Explain { from, to } => self.explain(from, &to),
             Request::Names => {
                 let names = self.reconciler.names().map(|(id, key)| (id, key.to_string()));
@@ -256,7 +259,7 @@ impl Agent {
                 let dialled = FrontendId { address: to.at.ip(), port: to.at.port(), protocol: to.protocol };
                 let winner = self.wanted.claims().winner(&dialled);
                 let service_id = winner.and_then(|key| self.reconciler.service_id(key));
-                Reply::of(&crate::control::LiveExplanation { explanation, service_id })
+                Reply::rendered(&explanation, service_id)
             }
             Err(error) => Reply::Error(error.to_string()),
         }
@@ -278,8 +281,12 @@ enum Source {
 impl Told {
     fn change(&mut self, change: &Change) {
         match change {
-            Change::Service(delta) => self.delta("Service", delta, |service| (service.key.to_string(), &service.problems)),
-            Change::Slice(delta) => self.delta("EndpointSlice", delta, |slice| (slice.key.to_string(), &slice.problems)),
+            Change::Service(delta) => {
+                self.delta("Service", delta, |service| (service.key.to_string(), &service.problems))
+            }
+            Change::Slice(delta) => {
+                self.delta("EndpointSlice", delta, |slice| (slice.key.to_string(), &slice.problems))
+            }
             Change::Node(delta) => self.delta("Node", delta, |node| (node.name.clone(), &node.problems)),
             Change::OwnAddresses(_) => {}
         }

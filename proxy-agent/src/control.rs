@@ -1,6 +1,7 @@
 //! The agent's control socket: one JSON request a line, one JSON reply a line. Read commands ask here; nothing can be
 //! changed through it.
 
+use std::fmt::Display;
 use std::fs;
 use std::io;
 use std::net::IpAddr;
@@ -13,8 +14,6 @@ use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot};
-
-use crate::view::Explanation;
 
 /// Bytes of the longest request.
 const MAX_REQUEST: u64 = 4096;
@@ -49,19 +48,28 @@ pub enum Reply {
 }
 
 impl Reply {
+    /// Of a document in both its forms.
+    pub fn rendered(document: &(impl Serialize + Display), service_id: Option<ServiceId>) -> Self {
+        match serde_json::to_value(document) {
+            Ok(value) => Self::of(&Rendered { document: value, text: document.to_string(), service_id }),
+            Err(error) => Self::Error(error.to_string()),
+        }
+    }
+
     /// Of a document.
     pub fn of(document: &impl Serialize) -> Self {
         serde_json::to_value(document).map_or_else(|error| Self::Error(error.to_string()), Self::Ok)
     }
 }
 
-/// An explanation with where to look in the live maps.
-#[derive(Serialize)]
-pub struct LiveExplanation {
-    /// The answer by the rules.
-    #[serde(flatten)]
-    pub explanation: Explanation,
-    /// The record in `SERVICES`, if programmed.
+/// A document in both its forms, made by the agent: whoever asked need not know its shape.
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Rendered {
+    /// For programs.
+    pub document: Value,
+    /// For people.
+    pub text: String,
+    /// For an explanation: the record in `SERVICES`, if programmed.
     pub service_id: Option<ServiceId>,
 }
 

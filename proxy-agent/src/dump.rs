@@ -91,14 +91,20 @@ pub fn records(dataplane: &impl Dataplane, names: &BTreeMap<ServiceId, String>) 
 ///
 /// # Errors
 /// If the frontends cannot be read.
-pub fn backends(dataplane: &impl Dataplane, names: &BTreeMap<ServiceId, String>) -> io::Result<Vec<BackendRow>> {
-    let mut services: Vec<ServiceId> = dataplane.frontends()?.iter().map(|(_, value)| value.service()).collect();
+pub fn backends(
+    dataplane: &impl Dataplane,
+    names: &BTreeMap<ServiceId, String>,
+) -> io::Result<Vec<BackendRow>> {
+    let mut services: Vec<ServiceId> =
+        dataplane.frontends()?.iter().map(|(_, value)| value.service()).collect();
     services.sort_unstable();
     services.dedup();
     let mut rows: BTreeMap<(ServiceId, u32), BackendRow> = BTreeMap::new();
     for service_id in services {
         let record = dataplane.record(service_id);
-        for (set, name) in [(record.cluster, "cluster"), (record.local, "local"), (record.draining, "draining")] {
+        for (set, name) in
+            [(record.cluster, "cluster"), (record.local, "local"), (record.draining, "draining")]
+        {
             for slot in set.first()..set.first().saturating_add(set.count()) {
                 let id = dataplane.slot(slot);
                 let backend = dataplane.backend(id.index());

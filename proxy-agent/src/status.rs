@@ -73,7 +73,8 @@ impl Status {
         failed: &'a BTreeMap<ObjectKey, String>,
         problems: &'a [Problem],
     ) -> StatusView<'a> {
-        let unix = |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let unix =
+            |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
         StatusView {
             synced: self.synced,
             node: &self.node_name,

@@ -7,9 +7,9 @@ use clap::Args;
 use super::options::PinArgs;
 use super::plan::OfflineArgs;
 use super::{Output, affinity, print};
-use crate::control::{LiveExplanation, Request};
+use crate::control::{Rendered, Request};
 use crate::object::address;
-use crate::view::{self, Destination, Explanation};
+use crate::view::{self, Destination};
 
 #[derive(Args, Debug)]
 pub(super) struct ExplainArgs {
@@ -34,22 +34,23 @@ fn parse_ip(text: &str) -> Result<IpAddr, String> {
 
 impl ExplainArgs {
     pub(super) fn run(&self) -> Result<ExitCode> {
-        let explanation = match self.offline.model()? {
-            Some(model) => view::explain::explain(&model, self.from, self.to)?,
-            None => self.live()?,
-        };
-        print(&explanation, &explanation, self.output)
-    }
-
-    /// The agent says what the rules say; the client's affinity entry is in the kernel.
-    fn live(&self) -> Result<Explanation> {
-        let to = format!("{}/{}", self.to.at, self.to.protocol.name());
-        let answer = self.offline.ask(&Request::Explain { from: self.from, to })?;
-        let LiveExplanation { mut explanation, service_id } =
-            serde_json::from_value(answer).context("understand the agent's explanation")?;
-        if let Some(service_id) = service_id {
-            explanation.affinity = affinity::of(&self.pins.pins(), service_id, self.from)?;
+        if let Some(model) = self.offline.model()? {
+            let explanation = view::explain::explain(&model, self.from, self.to)?;
+            return print(&explanation, &explanation, self.output);
         }
-        Ok(explanation)
+        // The agent says what the rules say; the client's affinity entry is in the kernel.
+        let to = format!("{}/{}", self.to.at, self.to.protocol.name());
+        let Rendered { mut document, mut text, service_id } =
+            self.offline.ask(&Request::Explain { from: self.from, to })?;
+        let affinity =
+            service_id.map(|id| affinity::of(&self.pins.pins(), id, self.from)).transpose()?.flatten();
+        if let (Some(affinity), Some(fields)) = (affinity, document.as_object_mut()) {
+            text.push_str(&format!(
+                "affinity  {}, for {} s\n",
+                affinity.endpoint, affinity.expires_in_seconds
+            ));
+            fields.insert("affinity".to_owned(), serde_json::to_value(&affinity).context("write JSON")?);
+        }
+        print(&document, text, self.output)
     }
 }

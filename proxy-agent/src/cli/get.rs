@@ -65,7 +65,8 @@ fn services(records: &[dump::Record]) -> String {
             Some(set) => set.len().to_string(),
             None => "-".to_owned(),
         };
-        let affinity = record.session_affinity_seconds.map_or("-".to_owned(), |seconds| format!("{seconds}s"));
+        let affinity =
+            record.session_affinity_seconds.map_or("-".to_owned(), |seconds| format!("{seconds}s"));
         let mut first = vec![
             record.service_id.to_string(),
             record.service.clone().unwrap_or_else(|| "?".to_owned()),

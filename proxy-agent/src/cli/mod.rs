@@ -107,7 +107,8 @@ impl Cli {
         };
         let filter = EnvFilter::try_from_default_env()
             .unwrap_or_else(|_| EnvFilter::new(format!("warn,proxy_agent={level},sheave={level}")));
-        let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false);
+        let log =
+            tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false);
         match self.logging_format {
             LogFormat::Text => log.with_ansi(false).init(),
             LogFormat::Json => log.json().init(),
@@ -141,6 +142,7 @@ fn print(document: &impl Serialize, text: impl Display, output: Output) -> Resul
 
 /// Runs a short conversation with the agent.
 fn block_on<T>(future: impl Future<Output = T>) -> Result<T> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
     Ok(runtime.block_on(future))
 }

@@ -127,7 +127,8 @@ impl PolicyArgs {
 
     fn nodeport_addresses(&self) -> Result<NodePortAddresses> {
         const FLAG: &str = "--nodeport-addresses";
-        let words: Vec<&str> = self.nodeport_addresses.iter().map(String::as_str).filter(|w| !w.is_empty()).collect();
+        let words: Vec<&str> =
+            self.nodeport_addresses.iter().map(String::as_str).filter(|w| !w.is_empty()).collect();
         if words == ["primary"] {
             return Ok(NodePortAddresses::Primary);
         }
@@ -200,7 +201,9 @@ impl PolicyArgs {
 fn cidrs(flag: &str, texts: &[impl AsRef<str>]) -> Result<Vec<IpNet>> {
     let parse = |text: &str| {
         let parsed = address::parse_cidr(text);
-        parsed.with_context(|| format!("{flag}: {text:?} is not a CIDR such as 10.244.0.0/16 or fd00:10:244::/56"))
+        parsed.with_context(|| {
+            format!("{flag}: {text:?} is not a CIDR such as 10.244.0.0/16 or fd00:10:244::/56")
+        })
     };
     texts.iter().map(|text| text.as_ref().trim()).filter(|text| !text.is_empty()).map(parse).collect()
 }
@@ -217,7 +220,8 @@ fn excluded_frontend(text: &str) -> Result<ExcludedFrontend> {
         }
         None => (text, None),
     };
-    let at: std::net::SocketAddr = at.parse().context("not ADDRESS, ADDRESS:PORT or ADDRESS:PORT/PROTOCOL")?;
+    let at: std::net::SocketAddr =
+        at.parse().context("not ADDRESS, ADDRESS:PORT or ADDRESS:PORT/PROTOCOL")?;
     Ok(ExcludedFrontend { address: at.ip().to_canonical(), port: Some((at.port(), protocol)) })
 }
 

@@ -5,7 +5,7 @@ use clap::Args;
 
 use super::options::{ControlArgs, ManifestArgs, NodeArgs, PolicyArgs};
 use super::{Output, block_on, print};
-use crate::control::{self, Request};
+use crate::control::{self, Rendered, Request};
 use crate::model::{Model, OwnAddresses};
 use crate::source::files;
 use crate::view;
@@ -43,20 +43,19 @@ impl OfflineArgs {
         Ok(Some(model))
     }
 
-    pub(super) fn ask(&self, request: &Request) -> Result<serde_json::Value> {
-        Ok(block_on(control::ask(&self.control.control_socket, request))??)
+    pub(super) fn ask(&self, request: &Request) -> Result<Rendered> {
+        let answer = block_on(control::ask(&self.control.control_socket, request))??;
+        serde_json::from_value(answer).context("understand the agent's answer")
     }
 }
 
 impl PlanArgs {
     pub(super) fn run(&self) -> Result<ExitCode> {
-        let plan = match self.offline.model()? {
-            Some(model) => view::plan::plan(&model),
-            None => {
-                let answer = self.offline.ask(&Request::Plan)?;
-                serde_json::from_value(answer).context("understand the agent's plan")?
-            }
-        };
-        print(&plan, &plan, self.output)
+        if let Some(model) = self.offline.model()? {
+            let plan = view::plan::plan(&model);
+            return print(&plan, &plan, self.output);
+        }
+        let Rendered { document, text, .. } = self.offline.ask(&Request::Plan)?;
+        print(&document, text, self.output)
     }
 }

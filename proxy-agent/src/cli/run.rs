@@ -73,9 +73,14 @@ impl RunArgs {
             },
         };
         if !nix::unistd::geteuid().is_root() {
-            bail!("`sheave run` needs root (CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON); plan and explain --manifests do not");
+            bail!(
+                "`sheave run` needs root (CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON); plan and explain --manifests do not"
+            );
         }
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("start the runtime")?;
         runtime.block_on(self.serve(config))?;
         Ok(ExitCode::SUCCESS)
     }
@@ -96,15 +101,20 @@ impl RunArgs {
             Some(directory) => {
                 let directory = directory.clone();
                 sources.spawn(async move {
-                    let result = files::run(&directory, &node_name, changes).await;
+                    let result = files::run(directory.clone(), node_name, changes).await;
                     result.with_context(|| format!("follow the manifests in {}", directory.display()))
                 });
             }
             None => {
-                let options = kube::KubeOptions { kubeconfig: self.kubeconfig.clone(), master: self.master.clone() };
+                let options = kube::KubeOptions {
+                    kubeconfig: self.kubeconfig.clone(),
+                    master: self.master.clone(),
+                    context: None,
+                };
                 let client = kube::client(&options).await.context("find the API server")?;
                 sources.spawn(async move {
-                    kube::run(client, node_name, changes).await.context("follow the Kubernetes API")
+                    kube::run(client, node_name, changes).await;
+                    Ok(())
                 });
             }
         }

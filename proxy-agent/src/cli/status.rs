@@ -28,7 +28,8 @@ impl StatusArgs {
     pub(super) fn run(&self) -> Result<ExitCode> {
         let pins = self.pins.pins();
         let links: BTreeMap<&str, Option<u64>> = programs::links(&pins).into_iter().collect();
-        let counters: BTreeMap<&str, u64> = programs::counters(&pins).unwrap_or_default().into_iter().collect();
+        let counters: BTreeMap<&str, u64> =
+            programs::counters(&pins).unwrap_or_default().into_iter().collect();
         let answer = block_on(control::ask(&self.control.control_socket, &Request::Status))?;
         let (mut document, error) = match answer {
             Ok(document) => (document, None),
@@ -61,21 +62,41 @@ fn text(document: &Value, attached: usize) -> String {
     if document.get("agent_error").is_some_and(|error| !error.is_null()) {
         line("", field("agent_error"));
     } else {
-        line("synced", if document.get("synced") == Some(&json!(true)) { "yes" } else { "no: the lists are not complete" }.to_owned());
-        let found = if document.get("node_found") == Some(&json!(true)) { "" } else { " (no such Node seen: every endpoint is remote)" };
+        line(
+            "synced",
+            if document.get("synced") == Some(&json!(true)) {
+                "yes"
+            } else {
+                "no: the lists are not complete"
+            }
+            .to_owned(),
+        );
+        let found = if document.get("node_found") == Some(&json!(true)) {
+            ""
+        } else {
+            " (no such Node seen: every endpoint is remote)"
+        };
         line("node", field("node") + found);
         line("services", format!("{}, with {} frontends", field("services"), field("frontends")));
-        line("last sync", format!("{} µs, {} writes in all", field("last_sync_microseconds"), field("writes")));
+        line(
+            "last sync",
+            format!("{} µs, {} writes in all", field("last_sync_microseconds"), field("writes")),
+        );
     }
     line("programs", format!("{attached} of {} attached", programs::PROGRAMS.len()));
-    if let Some(failed) = document.get("failed").and_then(Value::as_object).filter(|failed| !failed.is_empty()) {
+    if let Some(failed) =
+        document.get("failed").and_then(Value::as_object).filter(|failed| !failed.is_empty())
+    {
         let _ = writeln!(text, "\nnot programmed as wanted, being tried again:");
         for (service, error) in failed {
             let _ = writeln!(text, "  {service}: {}", error.as_str().unwrap_or("?"));
         }
     }
-    if let Some(problems) = document.get("problems").and_then(Value::as_array).filter(|problems| !problems.is_empty()) {
-        let cell = |problem: &Value, name: &str| problem.get(name).and_then(Value::as_str).unwrap_or("").to_owned();
+    if let Some(problems) =
+        document.get("problems").and_then(Value::as_array).filter(|problems| !problems.is_empty())
+    {
+        let cell =
+            |problem: &Value, name: &str| problem.get(name).and_then(Value::as_str).unwrap_or("").to_owned();
         let rows: Vec<_> =
             problems.iter().map(|p| vec![cell(p, "object"), cell(p, "field"), cell(p, "message")]).collect();
         let _ = write!(text, "\nproblems:\n{}", table(2, &["OBJECT", "FIELD", "MESSAGE"], &rows));

@@ -45,7 +45,9 @@ impl WantedPort {
         Self {
             key: resolved.key.clone(),
             frontends: frontends.collect(),
-            endpoints: endpoints.filter(|(_, membership)| membership.in_a_set() || membership.serving).collect(),
+            endpoints: endpoints
+                .filter(|(_, membership)| membership.in_a_set() || membership.serving)
+                .collect(),
             uses_cluster_set: resolved.cluster_set.is_some(),
             uses_local_set: resolved.local_set.is_some(),
             // A cluster set can only be empty when there is no endpoint at all, so one answer fits both sets.

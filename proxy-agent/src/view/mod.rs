@@ -2,7 +2,7 @@
 
 pub mod explain;
 pub mod plan;
-mod table;
+pub(crate) mod table;
 #[cfg(test)]
 mod tests;
 

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 /// Aligned columns, two spaces apart, each line indented; the last column is not padded.
-pub(super) fn table(indent: usize, header: &[&str], rows: &[Vec<String>]) -> String {
+pub(crate) fn table(indent: usize, header: &[&str], rows: &[Vec<String>]) -> String {
     let mut widths: Vec<usize> = header.iter().map(|title| title.chars().count()).collect();
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {
