@@ -315,3 +315,242 @@ impl Derive {
             .collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// A Service `ns/web` with these fields of its spec in place of the usual ones.
+    fn svc(spec: Value) -> Option<Selection> {
+        let mut full = json!({
+            "clusterIP": "10.96.0.7", "clusterIPs": ["10.96.0.7", "fd00::7"], "ipFamilies": ["IPv4", "IPv6"],
+            "selector": {"app": "web"}, "ports": [{"name": "http", "port": 80, "targetPort": 8080}],
+        });
+        for (field, value) in spec.as_object().unwrap() {
+            full[field] = value.clone();
+        }
+        let object: core::Service =
+            serde_json::from_value(json!({"metadata": {"namespace": "ns", "name": "web"}, "spec": full}))
+                .unwrap();
+        selection(&object, &object::service(&object))
+    }
+
+    /// A ready Pod with label `app: web` and two addresses, changed by JSON pointers.
+    fn pod_with(name: &str, last: u8, changes: &[(&str, Value)]) -> Pod {
+        let mut full = json!({
+            "metadata": {"namespace": "ns", "name": name, "labels": {"app": "web", "more": "x"}},
+            "spec": {"nodeName": "n1", "containers": [{"name": "c"}], "initContainers": []},
+            "status": {
+                "phase": "Running", "podIP": format!("10.1.0.{last}"),
+                "podIPs": [{"ip": format!("10.1.0.{last}")}, {"ip": format!("fd00:1::{last}")}],
+                "conditions": [{"type": "Ready", "status": "True"}],
+            },
+        });
+        for (path, value) in changes {
+            let (parent, field) = path.rsplit_once('/').unwrap();
+            full.pointer_mut(parent).unwrap()[field] = value.clone();
+        }
+        pod(&serde_json::from_value(full).unwrap())
+    }
+
+    fn web() -> ObjectKey {
+        ObjectKey::new("ns", "web")
+    }
+
+    fn show_slice(slice: &Slice) -> String {
+        let ports: Vec<_> =
+            slice.ports.iter().map(|p| format!("{}:{}/{}", p.name, p.port, p.protocol.name())).collect();
+        let endpoints: Vec<_> = slice
+            .endpoints
+            .iter()
+            .map(|e| {
+                let flag = |set, letter| if set { letter } else { '-' };
+                let flags: String =
+                    [flag(e.ready, 'r'), flag(e.serving, 's'), flag(e.terminating, 't')].iter().collect();
+                format!("{} {flags}", e.address)
+            })
+            .collect();
+        format!("{} [{}] {}", slice.key.name, ports.join(","), endpoints.join(", "))
+    }
+
+    /// The IPv4 slices that follow from a Service and Pods.
+    fn derive(selection: Option<Selection>, pods: impl IntoIterator<Item = Pod>) -> Vec<String> {
+        let mut derive = Derive::default();
+        derive.set_service(&web(), selection);
+        for pod in pods {
+            derive.set_pod(&pod.key.clone(), Some(pod));
+        }
+        derive.flush();
+        derive.slices().filter(|s| s.family == Some(Family::V4)).map(show_slice).collect()
+    }
+
+    const PLAIN: &str = "~derived:web:IPv4:0 [http:8080/TCP] ";
+
+    #[test]
+    fn every_family_of_the_service_has_a_slice() {
+        let mut derive = Derive::default();
+        derive.set_service(&web(), svc(json!({})));
+        let pods = [pod_with("b", 2, &[]), pod_with("a", 1, &[("/status/podIPs", json!(null))])];
+        for pod in pods {
+            derive.set_pod(&pod.key.clone(), Some(pod));
+        }
+        derive.set_zone("n1", Some("z".into()));
+        derive.flush();
+        let all: Vec<_> = derive.slices().collect();
+        assert_eq!(show_slice(all[0]), format!("{PLAIN}10.1.0.1 rs-, 10.1.0.2 rs-"));
+        assert_eq!(show_slice(all[1]), "~derived:web:IPv6:0 [http:8080/TCP] fd00:1::2 rs-");
+        assert_eq!(all.len(), 2);
+        let endpoint = &all[0].endpoints[0];
+        assert_eq!((endpoint.node.as_deref(), endpoint.zone.as_deref()), (Some("n1"), Some("z")));
+        assert_eq!((all[0].key.namespace.as_str(), all[0].service.as_deref()), ("ns", Some("web")));
+        // Without ipFamilies the cluster IP's family counts.
+        derive.set_service(&web(), svc(json!({"ipFamilies": null})));
+        derive.flush();
+        assert!(derive.slices().all(|s| s.family == Some(Family::V4)));
+    }
+
+    #[test]
+    fn conditions_follow_readiness_and_termination() {
+        let not_ready = || ("/status/conditions", json!([{"type": "Ready", "status": "False"}]));
+        let terminating = || ("/metadata/deletionTimestamp", json!("2026-01-01T00:00:00Z"));
+        let cases = [
+            (vec![], "rs-", "rs-"),
+            (vec![not_ready()], "---", "r--"),
+            (vec![("/status/conditions", json!(null))], "---", "r--"),
+            (vec![("/status/conditions", json!([{"type": "Ready", "status": "Unknown"}]))], "---", "r--"),
+            (vec![terminating()], "-st", "rst"),
+            (vec![terminating(), not_ready()], "--t", "r-t"),
+        ];
+        for (changes, want, published) in cases {
+            let pod = || pod_with("a", 1, &changes);
+            assert_eq!(derive(svc(json!({})), [pod()]), [format!("{PLAIN}10.1.0.1 {want}")], "{changes:?}");
+            let publish = svc(json!({"publishNotReadyAddresses": true}));
+            assert_eq!(derive(publish, [pod()]), [format!("{PLAIN}10.1.0.1 {published}")], "{changes:?}");
+        }
+    }
+
+    #[test]
+    fn which_pods_count() {
+        for (path, value, counts) in [
+            ("/status/phase", json!("Pending"), true),
+            ("/status/phase", json!(null), true),
+            ("/status/phase", json!("Succeeded"), false),
+            ("/status/phase", json!("Failed"), false),
+            ("/spec/hostNetwork", json!(true), true),
+            ("/metadata/labels", json!({"app": "web"}), true),
+            ("/metadata/labels", json!({"app": "other"}), false),
+            ("/metadata/labels", json!(null), false),
+            ("/metadata/namespace", json!("elsewhere"), false),
+            ("/status/podIPs", json!([{"ip": "fd00::1"}]), true),
+            ("/status", json!(null), false),
+        ] {
+            let slices = derive(svc(json!({})), [pod_with("a", 1, &[(path, value.clone())])]);
+            assert_eq!(slices.len(), usize::from(counts), "{path} {value}");
+        }
+    }
+
+    #[test]
+    fn which_services_have_derived_slices() {
+        for (spec, derived) in [
+            (json!({"selector": {}}), false),
+            (json!({"selector": null}), false),
+            (json!({"type": "ExternalName"}), false),
+            (json!({"clusterIP": "None", "clusterIPs": ["None"]}), false),
+            (json!({"selector": {"app": "web", "more": "x"}}), true),
+            (json!({"selector": {"app": "web", "less": "x"}}), false),
+            (json!({"ports": []}), false),
+        ] {
+            let slices = derive(svc(spec.clone()), [pod_with("a", 1, &[])]);
+            assert_eq!(!slices.is_empty(), derived, "{spec}");
+        }
+    }
+
+    /// E5: a named target port is each Pod's own; S8: absent, 0 and empty mean the Service's port.
+    #[test]
+    fn e5_target_ports() {
+        let named = || {
+            svc(json!({"ports": [
+                {"name": "web", "port": 80, "targetPort": "web"},
+                {"name": "dns", "port": 53, "protocol": "UDP", "targetPort": "web"},
+                {"name": "same", "port": 81},
+                {"name": "zero", "port": 82, "targetPort": 0},
+                {"name": "empty", "port": 83, "targetPort": ""},
+            ]}))
+        };
+        let ports =
+            |ports: Value| ("/spec/containers", json!([{"name": "x"}, {"name": "c", "ports": ports}]));
+        let tcp = |port: u16| ports(json!([{"name": "web", "containerPort": port}]));
+        let sidecar = |policy: &str| {
+            let ports = json!([{"name": "web", "containerPort": 9002, "protocol": "TCP"}]);
+            ("/spec/initContainers", json!([{"name": "i", "restartPolicy": policy, "ports": ports}]))
+        };
+        let pods = [
+            pod_with("a", 1, &[tcp(9000)]),
+            pod_with("b", 2, &[tcp(9001)]),
+            pod_with("c", 3, &[ports(json!([{"name": "web", "containerPort": 9003, "protocol": "UDP"}]))]),
+            pod_with("d", 4, &[sidecar("Always")]),
+            pod_with("e", 5, &[sidecar("Never")]),
+            pod_with("f", 6, &[tcp(9000), sidecar("Always")]),
+        ];
+        let rest = "same:81/TCP,zero:82/TCP,empty:83/TCP";
+        let mut slices = derive(named(), pods);
+        slices.sort_by_key(|line| line.rsplit("10.1.0.").next().map(str::to_owned));
+        let without_name: Vec<_> = slices.iter().map(|l| l.split_once(' ').unwrap().1.to_owned()).collect();
+        assert_eq!(
+            without_name,
+            [
+                format!("[web:9001/TCP,{rest}] 10.1.0.2 rs-"),
+                format!("[dns:9003/UDP,{rest}] 10.1.0.3 rs-"),
+                format!("[web:9002/TCP,{rest}] 10.1.0.4 rs-"),
+                format!("[{rest}] 10.1.0.5 rs-"),
+                format!("[web:9000/TCP,{rest}] 10.1.0.1 rs-, 10.1.0.6 rs-"),
+            ]
+        );
+    }
+
+    #[test]
+    fn only_what_changed_is_reported_and_what_is_new_comes_first() {
+        let mut derive = Derive::default();
+        let mut all = |f: &mut dyn FnMut(&mut Derive)| {
+            f(&mut derive);
+            let changes: Vec<_> = derive
+                .flush()
+                .into_iter()
+                .map(|delta| match delta {
+                    Delta::Apply(slice) => format!("+{}", show_slice(&slice.unwrap())),
+                    Delta::Delete(key) => format!("-{key}"),
+                    Delta::List(_) => unreachable!(),
+                })
+                .collect();
+            changes
+        };
+        let key = |pod: &Pod| pod.key.clone();
+        let a = pod_with("a", 1, &[]);
+        let other = pod_with("other", 9, &[("/metadata/labels", json!({"app": "other"}))]);
+        let v4 = || svc(json!({"ipFamilies": ["IPv4"]}));
+        // Pods may come before their Service.
+        assert!(all(&mut |d| d.set_pod(&key(&a), Some(a.clone()))).is_empty());
+        assert_eq!(all(&mut |d| d.set_service(&web(), v4())), [format!("+{PLAIN}10.1.0.1 rs-")]);
+        assert!(all(&mut |d| d.set_service(&web(), v4())).is_empty());
+        assert!(all(&mut |d| d.set_pod(&key(&other), Some(other.clone()))).is_empty());
+        // A label that makes it match, and one that ends that.
+        let joined = pod_with("other", 9, &[]);
+        assert_eq!(
+            all(&mut |d| d.set_pod(&key(&other), Some(joined.clone()))),
+            [format!("+{PLAIN}10.1.0.1 rs-, 10.1.0.9 rs-")]
+        );
+        assert_eq!(
+            all(&mut |d| d.set_pod(&key(&other), Some(other.clone()))),
+            [format!("+{PLAIN}10.1.0.1 rs-")]
+        );
+        // Into the other family: the new slice before the old one goes.
+        assert_eq!(
+            all(&mut |d| d.set_service(&web(), svc(json!({"ipFamilies": ["IPv6"]})))),
+            ["+~derived:web:IPv6:0 [http:8080/TCP] fd00:1::1 rs-", "-ns/~derived:web:IPv4:0"]
+        );
+        assert_eq!(all(&mut |d| d.set_service(&web(), None)), ["-ns/~derived:web:IPv6:0"]);
+        assert!(all(&mut |d| d.set_pod(&key(&a), None)).is_empty());
+    }
+}

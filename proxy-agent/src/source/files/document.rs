@@ -73,7 +73,7 @@ pub(super) enum Object {
     Excluded,
 }
 
-/// A good object and where it stands.
+/// A good object and the line where its document starts.
 #[derive(Debug)]
 pub(super) struct Entry {
     pub(super) id: Id,
@@ -237,6 +237,9 @@ fn options() -> serde_saphyr::Options {
             max_depth: MAX_DEPTH,
             flow_nesting_limit: MAX_DEPTH,
         },
+        alias_limits: serde_saphyr::alias_limits! {
+            max_total_replayed_events: 100_000,
+        },
         leading_zero_numbers_as_strings: true,
         underscored_numbers_as_strings: true,
         strict_booleans: true,
@@ -340,8 +343,7 @@ impl Document<'_> {
         normalise(&mut value, &id);
         match object(&value, kind) {
             Ok(object) => {
-                let line = if path.is_empty() { self.line } else { 0 };
-                out.entries.push(Entry { id, object, line });
+                out.entries.push(Entry { id, object, line: self.line });
             }
             Err(error) => {
                 let steps = steps(error.path());

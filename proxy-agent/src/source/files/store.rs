@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tracing::warn;
 
 use super::document::{Broken, Entry, Id, Kind, Object, Parsed};
-use crate::object::{Change, Delta, Node, Problem, Read, Service, Slice};
+use crate::object::{Change, Delta, Node, Problem, Read, Service, Slice, Unreadable};
 use crate::source::derive::Derive;
 
 /// One file, as last read.
@@ -250,8 +250,8 @@ fn failure(kind: Kind, broken: &Broken) -> Option<Change> {
         Kind::Node => Some(Change::Node(Delta::Apply(Err(unreadable)))),
         Kind::Service => Some(Change::Service(Delta::Apply(Err(unreadable)))),
         Kind::Slice => Some(Change::Slice(Delta::Apply(Err(unreadable)))),
-        // Pods are not reported, so neither is what is wrong with one; the log has it.
-        Kind::Pod => None,
+        // Pods are not reported, but what is wrong with one is.
+        Kind::Pod => Some(Change::Service(Delta::Apply(Err(Unreadable { key: None, ..unreadable })))),
     }
 }
 

@@ -345,6 +345,10 @@ fn pods_make_slices_that_follow_them() {
         f.write("q.yaml", &pod.replace("p1", "p2").replace("0.1", "0.2")),
         ["+slice default/~derived:web:IPv4:0"]
     );
+    // A broken Pod stays what it was, and its problem is said.
+    let said = f.write("q.yaml", &pod.replace("p1", "p2").replace("[]", "x"));
+    assert_eq!(said.len(), 1);
+    assert!(said[0].starts_with("+svc ! Pod default/p2 | spec.containers | q.yaml:6: "), "{said:?}");
     f.remove("p.yaml");
     assert_eq!(f.remove("q.yaml"), ["-slice default/~derived:web:IPv4:0"]);
 }
