@@ -8,8 +8,8 @@ use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
 
 use crate::claims::FrontendId;
 use crate::control::{Question, Reply, Request};
-use crate::dataplane::Limits;
 use crate::dataplane::bpf::Kernel;
+use crate::dataplane::{Dataplane, Limits};
 use crate::kernel::{self, Loaded, Pins, Settings};
 use crate::model::{Model, OwnAddresses};
 use crate::object::{Change, Delta, ObjectKey, Problem, Read};
@@ -47,6 +47,7 @@ pub struct Agent {
     reconciler: Reconciler,
     kernel: Kernel,
     loaded: Loaded,
+    settings: Settings,
     started: Instant,
     /// Whether the first, full sync is done.
     synced: bool,
@@ -85,6 +86,7 @@ impl Agent {
             reconciler,
             kernel,
             loaded,
+            settings,
             started: Instant::now(),
             synced: false,
             failed: BTreeMap::new(),
@@ -172,6 +174,7 @@ impl Agent {
         let wanted: Vec<WantedService> = dirty.iter().map(|key| self.wanted_service(key)).collect();
         let now_ms = self.now_ms();
         let report = self.reconciler.sync(&mut self.kernel, &wanted, full, now_ms);
+        let report = self.grow(report, &wanted, full)?;
         self.finish(&dirty, &report);
         self.status.synced(report.writes, begun.elapsed(), self.reconciler.frontend_count());
         if !self.synced {
@@ -202,6 +205,41 @@ impl Agent {
             "synced: every Service is programmed"
         );
         Ok(())
+    }
+
+    /// Moves to larger tables if that is what the failed Services need, and programs those at once.
+    fn grow(
+        &mut self,
+        report: Report,
+        wanted: &[WantedService],
+        full: bool,
+    ) -> Result<Report, kernel::Error> {
+        let mut report = report;
+        while let Some(limits) = report.larger(self.kernel.limits()) {
+            tracing::info!(?limits, "a table is full: moving to larger ones");
+            let generation = self.loaded.generation + 1;
+            self.config.pins.make_tables(generation)?;
+            let mut loaded = Loaded::load(&self.config.pins, generation, limits, self.settings)?;
+            let mut kernel = Kernel::of(&loaded, &self.config.pins)?;
+            if let Err(failure) = self.reconciler.move_to(&mut kernel) {
+                // The old tables are as good as before; the failed Services are tried again.
+                tracing::error!(error = %failure.error, "the larger tables could not be filled");
+                self.config.pins.remove_others(self.loaded.generation)?;
+                return Ok(report);
+            }
+            if self.synced {
+                loaded.attach(&self.config.cgroup)?;
+            }
+            (self.loaded, self.kernel) = (loaded, kernel);
+            if self.synced {
+                self.config.pins.remove_others(generation)?;
+            }
+            let writes = report.writes;
+            let now_ms = self.now_ms();
+            report = self.reconciler.sync(&mut self.kernel, wanted, full, now_ms);
+            report.writes += writes;
+        }
+        Ok(report)
     }
 
     /// Remembers what failed, says so once, and plans the next try.

@@ -5,7 +5,9 @@ use proxy_common::{
 };
 
 use crate::{
-    context::{ALLOW, DENY, Family, can_set_error, client, forget_origin, peer, protocol, remember_origin, set_peer},
+    context::{
+        ALLOW, DENY, Family, can_set_error, client, forget_origin, peer, protocol, remember_origin, set_peer,
+    },
     maps::{Maps, count},
 };
 

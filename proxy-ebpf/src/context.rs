@@ -59,7 +59,12 @@ impl Family for V6 {
         // "ctx + 8" plus loads: "dereference of modified ctx ptr".
         // SAFETY: `ip6` points to four words of the context.
         Address::from_words(unsafe {
-            [ip6.read_volatile(), ip6.add(1).read_volatile(), ip6.add(2).read_volatile(), ip6.add(3).read_volatile()]
+            [
+                ip6.read_volatile(),
+                ip6.add(1).read_volatile(),
+                ip6.add(2).read_volatile(),
+                ip6.add(3).read_volatile(),
+            ]
         })
     }
 

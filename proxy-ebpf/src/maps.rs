@@ -11,8 +11,9 @@ use aya_ebpf::{
 };
 use proxy_common::{
     abi::{
-        AffinityEntry, AffinityKey, AffinityWord, Backend, BackendId, DatagramFlow, DatagramKey, DatagramOrigin,
-        FrontendKey, FrontendValue, Outcome, ServiceId, ServiceRecord, SetWord, SocketOrigin, WhichSet,
+        AffinityEntry, AffinityKey, AffinityWord, Backend, BackendId, DatagramFlow, DatagramKey,
+        DatagramOrigin, FrontendKey, FrontendValue, Outcome, ServiceId, ServiceRecord, SetWord, SocketOrigin,
+        WhichSet,
     },
     decide::Tables,
 };

@@ -30,8 +30,7 @@ pub(super) fn of(pins: &Pins, service: ServiceId, client: IpAddr) -> Result<Opti
     let map: HashMap<MapData, AffinityKey, AffinityEntry> =
         Map::from_map_data(map).and_then(TryInto::try_into).context("use the affinity table")?;
     let cookies = netns_cookies(client).into_iter().map(ClientKey::netns);
-    let now_ns =
-        u128::try_from(std::time::Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?).as_nanos())?;
+    let now_ns = std::time::Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?).as_nanos();
     let mut best: Option<(AffinitySlot, u64)> = None;
     for key in cookies.chain([ClientKey::address(client.into())]) {
         let entry = match map.get(&AffinityKey::new(service, key), 0) {

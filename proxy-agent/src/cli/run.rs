@@ -1,4 +1,4 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
@@ -87,7 +87,23 @@ impl RunArgs {
 
     async fn serve(&self, config: Config) -> Result<()> {
         let node_name = config.node_name.clone();
-        // First, so that a second agent on the same socket ends before it touches the kernel.
+        check_cgroup(&config.cgroup)?;
+        let source = match &self.manifests.manifests {
+            Some(directory) => {
+                let entries = std::fs::read_dir(directory).map(drop);
+                entries.with_context(|| format!("--manifests: read directory {}", directory.display()))?;
+                Source::Files(directory.clone())
+            }
+            None => {
+                let options = kube::KubeOptions {
+                    kubeconfig: self.kubeconfig.clone(),
+                    master: self.master.clone(),
+                    context: None,
+                };
+                Source::Kube(kube::client(&options).await.context("find the API server")?)
+            }
+        };
+        // A second agent on the same socket ends here, before it touches the kernel.
         let listener = control::listen(&self.control.control_socket).await?;
         let agent = Agent::start(config).context("start")?;
         let (questions, asked) = mpsc::channel(16);
@@ -97,27 +113,16 @@ impl RunArgs {
         let mut sources = tokio::task::JoinSet::new();
         let to = changes.clone();
         sources.spawn(async move { addresses::run(to).await.context("follow this node's addresses") });
-        match &self.manifests.manifests {
-            Some(directory) => {
-                let directory = directory.clone();
-                sources.spawn(async move {
-                    let result = files::run(directory.clone(), node_name, changes).await;
-                    result.with_context(|| format!("follow the manifests in {}", directory.display()))
-                });
-            }
-            None => {
-                let options = kube::KubeOptions {
-                    kubeconfig: self.kubeconfig.clone(),
-                    master: self.master.clone(),
-                    context: None,
-                };
-                let client = kube::client(&options).await.context("find the API server")?;
-                sources.spawn(async move {
-                    kube::run(client, node_name, changes).await;
-                    Ok(())
-                });
-            }
-        }
+        match source {
+            Source::Files(directory) => sources.spawn(async move {
+                let result = files::run(directory.clone(), node_name, changes).await;
+                result.with_context(|| format!("follow the manifests in {}", directory.display()))
+            }),
+            Source::Kube(client) => sources.spawn(async move {
+                kube::run(client, node_name, changes).await;
+                Ok(())
+            }),
+        };
         let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
         let stop = async move {
@@ -132,6 +137,22 @@ impl RunArgs {
             Some(ended) = sources.join_next() => ended.context("a source ended")?,
         }
     }
+}
+
+/// Where objects come from.
+enum Source {
+    Files(PathBuf),
+    Kube(::kube::Client),
+}
+
+/// Before anything is touched: the kernel's own answer to a wrong directory names neither it nor the flag.
+fn check_cgroup(path: &Path) -> Result<()> {
+    let wrong = || format!("--cgroup-root: {}", path.display());
+    let kind = nix::sys::statfs::statfs(path).with_context(wrong)?.filesystem_type();
+    if kind != nix::sys::statfs::CGROUP2_SUPER_MAGIC {
+        return Err(anyhow::anyhow!("not a directory of the cgroup v2 hierarchy")).with_context(wrong);
+    }
+    Ok(())
 }
 
 /// The first cgroup v2 mount.

@@ -99,6 +99,11 @@ pub struct Limits {
     pub backends: u32,
 }
 
+impl Limits {
+    /// What the layouts and a sane amount of memory allow; a cluster at the tested limits of Kubernetes needs a tenth.
+    pub const MAX: Self = Self { frontends: 1 << 22, services: 1 << 20, slots: 1 << 24, backends: 1 << 22 };
+}
+
 /// The tables that the agent writes. It is their only writer.
 pub trait Dataplane {
     /// Sizes.

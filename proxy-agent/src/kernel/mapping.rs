@@ -123,7 +123,8 @@ impl Mapping<Backend> {
         let flags = unsafe { AtomicU16::from_ptr(flags.cast().as_ptr()) };
         // SAFETY: as above.
         let generation = unsafe { AtomicU32::from_ptr(generation.cast().as_ptr()) };
-        if generation.load(Ordering::Relaxed) != value.generation {
+        let moves_in = value.is_live() && flags.load(Ordering::Relaxed) == Backend::vacant(0).flags();
+        if moves_in || generation.load(Ordering::Relaxed) != value.generation {
             generation.store(0, Ordering::Release);
             let mut fresh = value;
             fresh.generation = 0;

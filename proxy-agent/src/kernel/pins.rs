@@ -100,6 +100,21 @@ impl Pins {
         Ok(())
     }
 
+    /// Makes the directory of a generation anew: whatever an interrupted change left there is not complete.
+    ///
+    /// # Errors
+    /// If it cannot be removed or made.
+    pub fn make_tables(&self, generation: u32) -> Result<(), Error> {
+        let tables = self.tables(generation);
+        match fs::remove_dir_all(&tables) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(Error::path("remove", &tables)(error));
+            }
+            Ok(()) | Err(_) => {}
+        }
+        fs::create_dir_all(&tables).map_err(Error::path("create", &tables))
+    }
+
     /// Removes everything: links first, so that no program runs on half of its maps. Returns whether there was anything.
     ///
     /// # Errors

@@ -10,6 +10,7 @@
 //! does not hold up others (Q5).
 
 mod adopt;
+mod grow;
 mod pool;
 mod port;
 mod wanted;
@@ -33,18 +34,20 @@ use port::PortState;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A table is full.
-    #[error("{table} is full: it holds {limit} entries (or the free ones still rest)")]
+    #[error("{table} is full: it holds {limit} entries")]
     Full {
-        /// Map name.
-        table: &'static str,
+        /// Which.
+        table: Table,
         /// Its size.
         limit: u32,
+        /// Whether places will be free soon, without a larger table.
+        resting: bool,
     },
     /// A write failed.
     #[error("writing {table} failed")]
     Write {
-        /// Map name.
-        table: &'static str,
+        /// Which.
+        table: Table,
         /// The kernel's answer.
         source: io::Error,
     },
@@ -56,6 +59,30 @@ pub enum Error {
         /// The bound.
         max: u32,
     },
+}
+
+/// A table that the agent writes.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Table {
+    /// `FRONTENDS`
+    Frontends,
+    /// `SERVICES`
+    Services,
+    /// `SLOTS`
+    Slots,
+    /// `BACKENDS`
+    Backends,
+}
+
+impl std::fmt::Display for Table {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Frontends => "FRONTENDS",
+            Self::Services => "SERVICES",
+            Self::Slots => "SLOTS",
+            Self::Backends => "BACKENDS",
+        })
+    }
 }
 
 /// What one Service wants: all its ports, in both families. Empty: it is gone.
@@ -160,7 +187,7 @@ impl Reconciler {
         let mut failures = dataplane.apply(&writes).into_iter().peekable();
         for (index, (port, key, value)) in stale.iter().enumerate() {
             if let Some(failure) = failures.next_if(|failure| failure.index == index) {
-                report.failed.push(((*port).clone(), self.write_error("FRONTENDS", failure.error)));
+                report.failed.push(((*port).clone(), self.write_error(failure.error)));
             } else {
                 report.writes += 1;
                 self.point(*key, *value);
@@ -279,11 +306,11 @@ impl Reconciler {
         }
     }
 
-    fn write_error(&self, table: &'static str, source: io::Error) -> Error {
+    fn write_error(&self, source: io::Error) -> Error {
         if source.raw_os_error() == Some(libc::E2BIG) {
-            Error::Full { table, limit: self.limits.frontends }
+            Error::Full { table: Table::Frontends, limit: self.limits.frontends, resting: false }
         } else {
-            Error::Write { table, source }
+            Error::Write { table: Table::Frontends, source }
         }
     }
 }

@@ -46,6 +46,16 @@ impl Places {
         Some(place)
     }
 
+    /// Whether a place will be free soon without anybody giving one back.
+    pub(super) fn is_resting(&self) -> bool {
+        !self.resting.is_empty()
+    }
+
+    /// More places, after the table has grown.
+    pub(super) fn extend(&mut self, limit: u32) {
+        self.limit = self.limit.max(limit);
+    }
+
     /// Gives a place back.
     pub(super) fn give(&mut self, place: u32, now_ms: u64) {
         self.resting.push_back((now_ms, place));
@@ -103,6 +113,16 @@ impl Runs {
         self.remove(first, found);
         self.insert(first.saturating_add(length), found - length);
         Some(first)
+    }
+
+    /// Whether places will be free soon without anybody giving some back.
+    pub(super) fn is_resting(&self) -> bool {
+        !self.resting.is_empty()
+    }
+
+    /// More places, after the table has grown from `old` to `new`.
+    pub(super) fn extend(&mut self, old: u32, new: u32) {
+        self.insert(old, new.saturating_sub(old));
     }
 
     /// Gives a run back.

@@ -7,7 +7,7 @@ use proxy_common::abi::{
     AffinityWord, Backend, BackendId, FrontendKey, Port, ServiceId, ServiceRecord, SetWord, WhenEmpty,
 };
 
-use super::{Error, Membership, Reconciler, WantedPort};
+use super::{Error, Membership, Reconciler, Table, WantedPort};
 use crate::dataplane::{Dataplane, RecordWord, Write};
 
 /// What is written for one service port.
@@ -96,7 +96,11 @@ impl Reconciler {
                 return Ok(state);
             }
         }
-        let full = Error::Full { table: "SERVICES", limit: self.limits.services };
+        let full = Error::Full {
+            table: Table::Services,
+            limit: self.limits.services,
+            resting: self.service_ids.is_resting(),
+        };
         let id = self.service_ids.take(now_ms).ok_or(full)?;
         // Whatever a former tenant left there is compared, not assumed.
         Ok(PortState::new(id, dataplane.record(id)))
@@ -128,8 +132,8 @@ impl Reconciler {
         *written += next.writes.len() - failures.len();
         if let Some(failure) = failures.into_iter().next() {
             let table = match next.writes.get(failure.index) {
-                Some(Write::Slot { .. }) => "SLOTS",
-                _ => "BACKENDS",
+                Some(Write::Slot { .. }) => Table::Slots,
+                _ => Table::Backends,
             };
             let unused: Vec<&Run> = runs.iter().filter_map(|(run, _)| run.as_ref()).collect();
             self.forget(&next.new_ids, &unused);
@@ -175,7 +179,11 @@ impl Reconciler {
                     None => {
                         let Some(id) = self.new_backend(now_ms) else {
                             self.forget(&next.new_ids, &[]);
-                            return Err(Error::Full { table: "BACKENDS", limit: self.limits.backends });
+                            return Err(Error::Full {
+                                table: Table::Backends,
+                                limit: self.limits.backends,
+                                resting: self.backend_places.is_resting(),
+                            });
                         };
                         next.new_ids.push(id);
                         let value = backend(*address, serving, id);
@@ -223,7 +231,8 @@ impl Reconciler {
                 .filter(|count| *count <= SetWord::MAX_COUNT)
                 .ok_or(too_many)
                 .and_then(|count| {
-                    let full = Error::Full { table: "SLOTS", limit: self.limits.slots };
+                    let resting = self.slots.is_resting();
+                    let full = Error::Full { table: Table::Slots, limit: self.limits.slots, resting };
                     self.slots.take(count, now_ms).ok_or(full)
                 });
             match result {
@@ -379,7 +388,7 @@ fn store(
         return Ok(());
     }
     match dataplane.apply(&[Write::Word { service, word, bits }]).into_iter().next() {
-        Some(failure) => Err(Error::Write { table: "SERVICES", source: failure.error }),
+        Some(failure) => Err(Error::Write { table: Table::Services, source: failure.error }),
         None => {
             *written += 1;
             Ok(())
@@ -419,6 +428,6 @@ fn sorted(ids: impl Iterator<Item = BackendId>) -> Vec<BackendId> {
     ids
 }
 
-fn backend(address: SocketAddr, serving: bool, id: BackendId) -> Backend {
+pub(super) fn backend(address: SocketAddr, serving: bool, id: BackendId) -> Backend {
     Backend::new(address.ip().into(), Port::new(address.port()), serving, id.generation())
 }

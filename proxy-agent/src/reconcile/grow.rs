@@ -1,0 +1,87 @@
+//! Moving to larger tables: the same ids, in new maps.
+
+use proxy_common::abi::{Backend, BackendId};
+
+use super::port::{PortState, SETS};
+use super::{Error, Reconciler, Report, Table};
+use crate::dataplane::{Dataplane, Failure, Limits, RecordWord, Write};
+
+impl Report {
+    /// The sizes that would have prevented the failures of this sync; `None` if sizes are not what is missing, or if
+    /// they are at their maximum.
+    pub fn larger(&self, limits: Limits) -> Option<Limits> {
+        let mut larger = limits;
+        for (_, error) in &self.failed {
+            if let Error::Full { table, resting: false, .. } = error {
+                match table {
+                    Table::Frontends => larger.frontends = double(limits.frontends, Limits::MAX.frontends),
+                    Table::Services => larger.services = double(limits.services, Limits::MAX.services),
+                    Table::Slots => larger.slots = double(limits.slots, Limits::MAX.slots),
+                    Table::Backends => larger.backends = double(limits.backends, Limits::MAX.backends),
+                }
+            }
+        }
+        (larger != limits).then_some(larger)
+    }
+}
+
+fn double(size: u32, max: u32) -> u32 {
+    size.saturating_mul(2).min(max)
+}
+
+impl Reconciler {
+    /// Writes all that is written into new, larger tables under the same ids, so that what the programs remember
+    /// (affinity, flows) stays true. The old tables go on serving until the links are updated; from now on every write
+    /// goes to the new ones.
+    ///
+    /// # Errors
+    /// The first write that failed; then the old tables stay in use.
+    pub fn move_to(&mut self, dataplane: &mut impl Dataplane) -> Result<(), Failure> {
+        if let Some(failure) = dataplane.apply(&self.everything()).into_iter().next() {
+            return Err(failure);
+        }
+        let limits = dataplane.limits();
+        self.service_ids.extend(limits.services);
+        self.backend_places.extend(limits.backends);
+        self.slots.extend(self.limits.slots, limits.slots);
+        self.limits = limits;
+        Ok(())
+    }
+
+    /// In the order of a commit.
+    fn everything(&self) -> Vec<Write> {
+        let states = || {
+            let retired = self.retired.iter().map(|(_, state)| state);
+            self.ports.values().chain(self.adopted.values()).chain(retired)
+        };
+        // Vacant places too: their generations keep stale ids from being believed. Tenants move in below.
+        let vacant = (0..).zip(&self.generations).filter(|(_, generation)| **generation != 0);
+        let vacant =
+            vacant.map(|(index, generation)| Write::Backend { index, value: Backend::vacant(*generation) });
+        let mut writes: Vec<Write> = vacant.collect();
+        for state in states() {
+            let members = state.members.iter().chain(&state.drained);
+            writes.extend(members.map(|(address, member)| Write::Backend {
+                index: member.id.index(),
+                value: super::port::backend(*address, member.serving, member.id),
+            }));
+            for run in &state.runs {
+                writes.extend(
+                    (run.first..)
+                        .zip(&run.ids)
+                        .map(|(index, id): (u32, &BackendId)| Write::Slot { index, value: *id }),
+                );
+            }
+        }
+        for state in states() {
+            writes.extend(words(state));
+        }
+        writes.extend(self.frontends.iter().map(|(key, value)| Write::Frontend { key: *key, value: *value }));
+        writes
+    }
+}
+
+fn words(state: &PortState) -> impl Iterator<Item = Write> {
+    let word = |word: RecordWord| Write::Word { service: state.id, word, bits: word.read(&state.record) };
+    SETS.into_iter().chain([RecordWord::Affinity]).map(word)
+}
