@@ -96,6 +96,11 @@ impl Client {
             bail!("a loop without a count never ends: start and stop it");
         }
         let id = self.start_loop(spec)?;
+        self.wait_loop(id)
+    }
+
+    /// Waits for the end of a loop that counts.
+    pub fn wait_loop(&self, id: u64) -> Result<LoopReport> {
         self.report(&Request::ReadLoop { id, stop: false, wait: true })
     }
 

@@ -111,11 +111,14 @@ impl State {
             }
             Request::ReadLoop { id, stop, wait } => {
                 let Some(running) = self.loops.get_mut(&id) else { return unknown(id) };
-                if stop || wait {
-                    running.finish(stop);
+                if stop {
+                    running.stop.store(true, Ordering::Relaxed);
+                }
+                if wait {
+                    running.join();
                 }
                 let report = running.report();
-                if stop || wait {
+                if wait {
                     self.loops.remove(&id);
                 }
                 Reply::Loop(report)
@@ -449,10 +452,7 @@ impl Loop {
         Self { stop, tallies, threads }
     }
 
-    fn finish(&mut self, stop: bool) {
-        if stop {
-            self.stop.store(true, Ordering::Relaxed);
-        }
+    fn join(&mut self) {
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }

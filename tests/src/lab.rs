@@ -156,6 +156,14 @@ impl Node {
         self.pods.get(index).with_context(|| format!("{} has no pod {index}", self.name()))
     }
 
+    /// A pod with the host's network: a cgroup of its own in the node's namespace.
+    pub fn host_network_pod(&self, name: &str) -> Result<Place> {
+        let cgroup = self.cgroup.join(name);
+        cgroup::create(&cgroup)?;
+        let Place { netns, v4, v6, .. } = &self.host;
+        Ok(Place { name: name.to_owned(), netns: netns.clone(), cgroup, v4: *v4, v6: *v6 })
+    }
+
     /// The cgroup of the node with everything on it: `--cgroup-root` of its agent.
     #[must_use]
     pub fn cgroup(&self) -> &Path {

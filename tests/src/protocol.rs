@@ -145,9 +145,9 @@ pub enum Request {
     ReadLoop {
         /// The loop.
         id: u64,
-        /// Ends it first; without, a loop that counts is waited for and others are only read.
+        /// Tells it to end first.
         stop: bool,
-        /// Waits for the loop's own end first.
+        /// Waits for its end first; the loop is forgotten then.
         wait: bool,
     },
     /// Opens many TCP connections and keeps them.
