@@ -3,6 +3,7 @@
 //! Everything runs in namespaces and a cgroup of its own and is gone afterwards; nothing of the machine changes.
 
 use std::{
+    cell::Cell,
     net::SocketAddr,
     thread,
     time::{Duration, Instant},
@@ -60,14 +61,14 @@ pub(crate) fn run() -> Result<()> {
     demo.show_peer()?;
 
     demo.step(2, "Two pods more: their files are written, nobody is told.");
-    demo.change(3, 5)?;
+    demo.change(5)?;
     demo.table(5)?;
 
     demo.step(
         3,
         "Down to one: four files are removed (the processes still run, but nobody gets there any more).",
     );
-    demo.change(5, 1)?;
+    demo.change(1)?;
     demo.table(1)?;
 
     demo.step(4, "No pod left: a client is refused at once, it need not wait for a time-out.");
@@ -115,6 +116,8 @@ struct Demo<'a> {
     lab: &'a Lab,
     node: &'a Node,
     client: Client,
+    /// How many pods have a file.
+    running: Cell<usize>,
     // They answer until dropped.
     _servers: Vec<Server>,
 }
@@ -129,29 +132,30 @@ impl<'a> Demo<'a> {
             }
         }
         let client = node.pod(usize::from(PODS))?.client()?;
-        Ok(Self { lab, node, client, _servers: servers })
+        Ok(Self { lab, node, client, running: Cell::new(0), _servers: servers })
     }
 
     fn step(&self, number: u8, title: &str) {
         println!("\n{number}. {title}");
     }
 
-    /// Writes the files of the first `running` pods, and removes those of the others.
-    fn scale(&self, running: usize) -> Result<()> {
-        for index in 0..usize::from(PODS) {
+    /// Writes the files of pods that come and removes those of pods that go, so that the first `pods` run.
+    fn scale(&self, pods: usize) -> Result<()> {
+        let running = self.running.replace(pods);
+        for index in running..pods {
             let name = pod_name(index);
-            if index < running {
-                self.lab.manifests().write(&name, &[self.pod(&name, self.node.pod(index)?)])?;
-            } else {
-                self.lab.manifests().remove(&name)?;
-            }
+            self.lab.manifests().write(&name, &[self.pod(&name, self.node.pod(index)?)])?;
+        }
+        for index in pods..running {
+            self.lab.manifests().remove(&pod_name(index))?;
         }
         Ok(())
     }
 
     /// Scales while a client connects all the time, and says when the change reached it: the first answer of a pod
     /// that came, or the last attempt that still led to one that went.
-    fn change(&self, from: usize, to: usize) -> Result<()> {
+    fn change(&self, to: usize) -> Result<()> {
+        let from = self.running.get();
         let spec = LoopSpec::new(Transport::Tcp, Dial::new(vip(VIPS[0], 80)?)).record();
         let watch = self.client.start_loop(spec)?;
         let changed_ns = monotonic_ns();

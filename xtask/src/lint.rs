@@ -2,41 +2,54 @@
 
 use std::{env, process::Command};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use crate::{
     setup,
     shell::{cargo, part, root, run},
 };
 
-/// Checks everything; stops at the first part that fails.
+/// A part: its name, and what it does.
+type Part = (&'static str, fn() -> Result<()>);
+
+const PARTS: [Part; 4] = [
+    ("format", format),
+    ("clippy", clippy),
+    ("clippy of the kernel programs", kernel_programs),
+    ("licences and sources of dependencies", dependencies),
+];
+
+/// Checks everything, also after a part that failed.
 pub(crate) fn check() -> Result<()> {
-    part("format", || {
-        run(cargo()?.args(["fmt", "--all", "--check"]))?;
-        run(cargo()?.args(["fmt", "--check", "--manifest-path", "proxy-ebpf/Cargo.toml"]))
-    })?;
-    part("clippy", || {
-        run(cargo()?.args(["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]))
-    })?;
-    part("clippy of the kernel programs", kernel_programs)?;
-    part("licences and sources of dependencies", || {
-        let deny = setup::cargo_deny()?;
-        for manifest in ["Cargo.toml", "proxy-ebpf/Cargo.toml"] {
-            run(Command::new(&deny)
-                .current_dir(root()?)
-                .args([
-                    "--manifest-path",
-                    manifest,
-                    "--log-level",
-                    "error",
-                    "--locked",
-                    "--config",
-                    ".cargo/deny.toml",
-                ])
-                .args(["check", "bans", "licenses", "sources"]))?;
+    let mut failed = Vec::new();
+    for (name, work) in PARTS {
+        if let Err(error) = part(name, work) {
+            eprintln!("{error:#}");
+            failed.push(name);
         }
-        Ok(())
-    })
+    }
+    ensure!(failed.is_empty(), "failed: {}", failed.join(", "));
+    Ok(())
+}
+
+fn format() -> Result<()> {
+    let workspace = run(cargo()?.args(["fmt", "--all", "--check"]));
+    run(cargo()?.args(["fmt", "--check", "--manifest-path", "proxy-ebpf/Cargo.toml"])).and(workspace)
+}
+
+fn clippy() -> Result<()> {
+    run(cargo()?.args(["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]))
+}
+
+fn dependencies() -> Result<()> {
+    let deny = setup::cargo_deny()?;
+    for manifest in ["Cargo.toml", "proxy-ebpf/Cargo.toml"] {
+        run(Command::new(&deny)
+            .current_dir(root()?)
+            .args(["--manifest-path", manifest, "--log-level", "error", "--locked"])
+            .args(["--config", ".cargo/deny.toml", "check", "bans", "licenses", "sources"]))?;
+    }
+    Ok(())
 }
 
 /// The kernel programs are a workspace of another target; `proxy-agent/build.rs` builds them with the same flags.
