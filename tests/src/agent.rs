@@ -3,7 +3,8 @@
 use std::{
     ffi::OsStr,
     fs::{self, OpenOptions},
-    os::unix::process::ExitStatusExt,
+    io::Write as _,
+    os::unix::{net::UnixStream, process::ExitStatusExt},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
     thread,
@@ -36,8 +37,37 @@ const LOG_TAIL_LINES: usize = 30;
 pub struct Agent {
     child: Child,
     program: PathBuf,
+    bpffs: PathBuf,
     control_socket: PathBuf,
     log: PathBuf,
+}
+
+/// Runs a command of the agent's binary on a node, whether an agent runs there or not; the arguments begin with the verb.
+/// Exit codes are the caller's to judge.
+pub fn sheave(node: &Node, arguments: &[&str]) -> Result<Output> {
+    let program = binary("sheave", "SHEAVE_BIN")?;
+    let directory = node.directory();
+    let mut command = node.host().command(&program)?;
+    run_against(&mut command, arguments, &directory.join("bpffs"), &directory.join("agent.sock"))
+}
+
+/// Says to a command where its agent and its tables are.
+fn run_against(
+    command: &mut Command,
+    arguments: &[&str],
+    bpffs: &Path,
+    control_socket: &Path,
+) -> Result<Output> {
+    command.args(arguments);
+    let verb = arguments.first().copied().unwrap_or_default();
+    if verb != "cleanup" {
+        command.arg("--control-socket").arg(control_socket);
+    }
+    if verb != "plan" {
+        command.arg("--bpffs").arg(bpffs);
+    }
+    let output = command.stdin(Stdio::null()).output();
+    output.with_context(|| format!("running `sheave {}`", arguments.join(" ")))
 }
 
 impl Agent {
@@ -81,7 +111,7 @@ impl Agent {
             .stderr(output)
             .spawn()
             .with_context(|| format!("starting {} on {}", program.display(), node.name()))?;
-        Ok(Self { child, program, control_socket, log })
+        Ok(Self { child, program, bpffs, control_socket, log })
     }
 
     /// The process id.
@@ -133,13 +163,8 @@ impl Agent {
 
     /// Runs a command of the agent's binary against this agent; the arguments begin with the verb.
     pub fn ask(&self, arguments: &[&str]) -> Result<Output> {
-        let output = Command::new(&self.program)
-            .args(arguments)
-            .arg("--control-socket")
-            .arg(&self.control_socket)
-            .stdin(Stdio::null())
-            .output()
-            .with_context(|| format!("running {}", self.program.display()))?;
+        let mut command = Command::new(&self.program);
+        let output = run_against(&mut command, arguments, &self.bpffs, &self.control_socket)?;
         if !output.status.success() {
             bail!(
                 "sheave {}: {}: {}",
@@ -149,6 +174,23 @@ impl Agent {
             );
         }
         Ok(output)
+    }
+
+    /// What `sheave status` says that a program counted.
+    pub fn counter(&self, name: &str) -> Result<u64> {
+        let status = self.status()?;
+        let counter = status.pointer(&format!("/counters/{name}")).and_then(Value::as_u64);
+        counter.with_context(|| format!("no counter {name} in {status}"))
+    }
+
+    /// The service ports that are programmed now, asked on the control socket itself: no process is started for it.
+    pub fn programmed(&self) -> Result<Vec<String>> {
+        let context = || format!("asking on {}", self.control_socket.display());
+        let mut stream = UnixStream::connect(&self.control_socket).with_context(context)?;
+        stream.write_all(b"\"names\"\n").with_context(context)?;
+        let reply: Value = serde_json::from_reader(stream).with_context(context)?;
+        let names = reply.get("ok").and_then(Value::as_object).with_context(|| format!("it said {reply}"))?;
+        Ok(names.values().filter_map(Value::as_str).map(ToOwned::to_owned).collect())
     }
 
     /// Asks the agent to end and waits; one that does not is killed, which is an error.

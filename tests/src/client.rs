@@ -14,7 +14,9 @@ use anyhow::{Context, Result, bail};
 
 use crate::{
     lab::Place,
-    protocol::{Dial, Exchange, Failure, HeldReport, LoopReport, LoopSpec, Reply, Request, Transport},
+    protocol::{
+        Datagram, Dial, Exchange, Failure, HeldReport, LoopReport, LoopSpec, Reply, Request, Transport,
+    },
 };
 
 /// What came of one attempt. The `Result` around it says whether the lab itself worked.
@@ -85,6 +87,31 @@ impl Client {
         self.outcome(&Request::Send { id, to: Some(to), timeout })
     }
 
+    /// Uses one socket for one destination after the other, whatever came of those before.
+    pub fn chain(&self, transport: Transport, dials: &[Dial]) -> Result<Vec<Outcome>> {
+        let request = Request::Chain { transport, dials: dials.to_vec() };
+        let Reply::Chain(outcomes) = self.ask(&request)? else { return Err(self.mismatch()) };
+        Ok(outcomes)
+    }
+
+    /// Sends one datagram of any content on a kept unconnected socket, and waits for nothing.
+    pub fn send_datagram(&self, id: u64, to: SocketAddr, bytes: &[u8]) -> Result<Result<(), Failure>> {
+        let reply = self.ask(&Request::SendDatagram { id, to, bytes: bytes.to_vec() })?;
+        if let Reply::Done = reply {
+            return Ok(Ok(()));
+        }
+        Ok(Err(self.failure(reply)?))
+    }
+
+    /// Waits for one datagram of any content on a kept unconnected socket.
+    pub fn receive_datagram(&self, id: u64, timeout: Duration) -> Result<Result<Datagram, Failure>> {
+        let reply = self.ask(&Request::ReceiveDatagram { id, timeout })?;
+        if let Reply::Datagram(datagram) = reply {
+            return Ok(Ok(datagram));
+        }
+        Ok(Err(self.failure(reply)?))
+    }
+
     /// Closes a kept socket or a held group.
     pub fn close(&self, id: u64) -> Result<()> {
         self.done(&Request::Close { id })
@@ -136,13 +163,16 @@ impl Client {
     }
 
     fn outcome(&self, request: &Request) -> Result<Outcome> {
-        match self.ask(request)? {
-            Reply::Exchange(exchange) => Ok(Ok(exchange)),
-            Reply::Failure(failure) => Ok(Err(failure)),
-            Reply::Loop(_) | Reply::Held(_) | Reply::Id(_) | Reply::Done | Reply::Error(_) => {
-                Err(self.mismatch())
-            }
+        let reply = self.ask(request)?;
+        if let Reply::Exchange(exchange) = reply {
+            return Ok(Ok(exchange));
         }
+        Ok(Err(self.failure(reply)?))
+    }
+
+    fn failure(&self, reply: Reply) -> Result<Failure> {
+        let Reply::Failure(failure) = reply else { return Err(self.mismatch()) };
+        Ok(failure)
     }
 
     fn report(&self, request: &Request) -> Result<LoopReport> {

@@ -16,6 +16,7 @@ use std::{
 use anyhow::{Context, Result};
 use nix::{
     errno::Errno,
+    fcntl::{FcntlArg, OFlag, fcntl},
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{
         AddressFamily, SockFlag, SockType, SockaddrStorage, connect, setsockopt, socket,
@@ -26,8 +27,8 @@ use nix::{
 
 use crate::{
     protocol::{
-        Dial, Exchange, Failure, Family, HeldReport, LoopReport, LoopSpec, Record, Reply, Request, Stage,
-        Summary, Transport,
+        Datagram, Dial, Exchange, Failure, Family, HeldReport, LoopReport, LoopSpec, Record, Reply, Request,
+        Stage, Summary, Transport,
     },
     server::Server,
 };
@@ -95,6 +96,15 @@ impl State {
                     Ok(exchange) => Reply::Exchange(Exchange { id: Some(id), ..exchange }),
                     Err(failure) => Reply::Failure(failure),
                 },
+                None => unknown(id),
+            },
+            Request::Chain { transport, dials } => Reply::Chain(Open::chain(transport, &dials)),
+            Request::SendDatagram { id, to, bytes } => match self.sockets.get(&id) {
+                Some(open) => open.send_datagram(to, &bytes).map_or_else(Reply::Failure, |()| Reply::Done),
+                None => unknown(id),
+            },
+            Request::ReceiveDatagram { id, timeout } => match self.sockets.get(&id) {
+                Some(open) => open.receive_datagram(timeout).map_or_else(Reply::Failure, Reply::Datagram),
                 None => unknown(id),
             },
             Request::Close { id } => {
@@ -170,44 +180,92 @@ enum Kind {
 impl Open {
     fn connect(transport: Transport, dial: &Dial) -> Result<(Self, Exchange), Failure> {
         let clock = Clock::start();
+        let descriptor = open_socket(transport, dial.family, &clock)?;
+        Self::connect_on(descriptor, transport, dial, &clock)
+    }
+
+    /// Each destination gets the same socket; a copy of its descriptor outlives those that fail.
+    fn chain(transport: Transport, dials: &[Dial]) -> Vec<Result<Exchange, Failure>> {
+        let mut kept: Option<OwnedFd> = None;
+        let mut one = |dial: &Dial| {
+            let clock = Clock::start();
+            let copied = |error: io::Error| clock.io_failure(Stage::Connect, &error);
+            let descriptor = match kept.take() {
+                Some(descriptor) => descriptor,
+                None => open_socket(transport, dial.family, &clock)?,
+            };
+            let copy = descriptor.try_clone().map_err(copied)?;
+            kept = Some(descriptor);
+            Self::connect_on(copy, transport, dial, &clock).map(|(_, exchange)| exchange)
+        };
+        dials.iter().map(&mut one).collect()
+    }
+
+    fn connect_on(
+        descriptor: OwnedFd,
+        transport: Transport,
+        dial: &Dial,
+        clock: &Clock,
+    ) -> Result<(Self, Exchange), Failure> {
         let to = in_family(dial.to, dial.family);
         let (kind, connect_ns) = match transport {
             Transport::Tcp => {
-                let descriptor = make_socket(dial.family, SockType::Stream, SockFlag::SOCK_NONBLOCK)
-                    .map_err(|errno| clock.failure(Stage::Connect, errno))?;
                 let before = clock.elapsed_ns();
-                connect_within(&descriptor, to, dial.timeout, &clock)?;
+                set_nonblocking(&descriptor, true).map_err(|errno| clock.failure(Stage::Connect, errno))?;
+                connect_within(&descriptor, to, dial.timeout, clock)?;
                 let connect_ns = clock.elapsed_ns() - before;
-                let stream = TcpStream::from(descriptor);
-                stream.set_nonblocking(false).map_err(|error| clock.io_failure(Stage::Connect, &error))?;
-                (Kind::Tcp { stream, greeting: None }, connect_ns)
+                set_nonblocking(&descriptor, false).map_err(|errno| clock.failure(Stage::Connect, errno))?;
+                (Kind::Tcp { stream: TcpStream::from(descriptor), greeting: None }, connect_ns)
             }
             Transport::UdpConnected => {
-                let descriptor = make_socket(dial.family, SockType::Datagram, SockFlag::empty())
-                    .map_err(|errno| clock.failure(Stage::Connect, errno))?;
                 let before = clock.elapsed_ns();
                 connect(descriptor.as_raw_fd(), &SockaddrStorage::from(to))
                     .map_err(|errno| clock.failure(Stage::Connect, errno))?;
                 let connect_ns = clock.elapsed_ns() - before;
                 (Kind::UdpConnected(UdpSocket::from(descriptor)), connect_ns)
             }
-            Transport::UdpUnconnected => {
-                let descriptor = make_socket(dial.family, SockType::Datagram, SockFlag::empty())
-                    .map_err(|errno| clock.failure(Stage::Connect, errno))?;
-                (Kind::UdpUnconnected(UdpSocket::from(descriptor)), 0)
-            }
+            Transport::UdpUnconnected => (Kind::UdpUnconnected(UdpSocket::from(descriptor)), 0),
         };
         let mut open = Self { to, kind };
         let (answer, source) =
-            if dial.exchange { open.exchange(to, dial.timeout, &clock)? } else { (None, None) };
-        let exchange = open.describe(answer, source, connect_ns, &clock)?;
+            if dial.exchange { open.exchange(to, dial.timeout, clock)? } else { (None, None) };
+        let exchange = open.describe(answer, source, connect_ns, clock)?;
         Ok((open, exchange))
+    }
+
+    fn datagrams(&self) -> Result<&UdpSocket, Failure> {
+        match &self.kind {
+            Kind::UdpUnconnected(socket) => Ok(socket),
+            Kind::Tcp { .. } | Kind::UdpConnected(_) => {
+                Err(Clock::start().failure(Stage::Send, Errno::EISCONN))
+            }
+        }
+    }
+
+    fn send_datagram(&self, to: SocketAddr, bytes: &[u8]) -> Result<(), Failure> {
+        let clock = Clock::start();
+        let to = in_family(to, self.family());
+        let sent = self.datagrams()?.send_to(bytes, to);
+        sent.map(drop).map_err(|error| clock.io_failure(Stage::Send, &error))
+    }
+
+    fn receive_datagram(&self, timeout: Duration) -> Result<Datagram, Failure> {
+        let clock = Clock::start();
+        let failed = |error: io::Error| clock.io_failure(Stage::Receive, &error);
+        let socket = self.datagrams()?;
+        socket.set_read_timeout(Some(timeout)).map_err(failed)?;
+        let mut buffer = [0; ANSWER_MAX_BYTES];
+        let (length, source) = socket.recv_from(&mut buffer).map_err(failed)?;
+        Ok(Datagram { source, bytes: buffer.get(..length).unwrap_or_default().to_vec() })
+    }
+
+    fn family(&self) -> Family {
+        if self.to.is_ipv4() { Family::V4 } else { Family::V6 }
     }
 
     fn ask_again(&mut self, to: Option<SocketAddr>, timeout: Duration) -> Result<Exchange, Failure> {
         let clock = Clock::start();
-        let family = if self.to.is_ipv4() { Family::V4 } else { Family::V6 };
-        let to = to.map_or(self.to, |to| in_family(to, family));
+        let to = to.map_or(self.to, |to| in_family(to, self.family()));
         let (answer, source) = self.exchange(to, timeout, &clock)?;
         self.describe(answer, source, 0, &clock)
     }
@@ -289,12 +347,21 @@ impl Open {
     }
 }
 
-fn make_socket(family: Family, kind: SockType, flags: SockFlag) -> nix::Result<OwnedFd> {
+fn open_socket(transport: Transport, family: Family, clock: &Clock) -> Result<OwnedFd, Failure> {
+    let kind = match transport {
+        Transport::Tcp => SockType::Stream,
+        Transport::UdpConnected | Transport::UdpUnconnected => SockType::Datagram,
+    };
     let family = match family {
         Family::V4 => AddressFamily::Inet,
         Family::V6 => AddressFamily::Inet6,
     };
-    socket(family, kind, flags | SockFlag::SOCK_CLOEXEC, None)
+    socket(family, kind, SockFlag::SOCK_CLOEXEC, None).map_err(|errno| clock.failure(Stage::Connect, errno))
+}
+
+fn set_nonblocking(descriptor: &OwnedFd, nonblocking: bool) -> nix::Result<()> {
+    let flags = if nonblocking { OFlag::O_NONBLOCK } else { OFlag::empty() };
+    fcntl(descriptor, FcntlArg::F_SETFL(flags)).map(drop)
 }
 
 /// An IPv4 address as an IPv6 socket dials it.

@@ -1,15 +1,18 @@
 //! The lab: a small world of network namespaces and cgroups that behaves like Kubernetes nodes with pods, on one machine.
 //!
 //! [`lab::Lab`] builds it, [`server::Server`] answers in it, [`client::Client`] connects in it with real sockets,
-//! [`agent::Agent`] runs Sheave in it, and [`manifests::Manifests`] writes what the agent reads.
+//! [`agent::Agent`] runs Sheave in it, and [`manifests::Manifests`] writes what the agent reads. [`scene::Scene`] is all of
+//! this at once, which is what most suites start from.
 //! Two labs never meet: namespaces have no names, and every other name carries the process id and a counter.
 
 pub mod agent;
 pub mod cgroup;
 pub mod client;
+pub mod daemon;
 pub mod engine;
 pub mod lab;
 pub mod manifests;
 pub mod netns;
 pub mod protocol;
+pub mod scene;
 pub mod server;

@@ -134,6 +134,29 @@ pub enum Request {
         /// How long to wait for the answer.
         timeout: Duration,
     },
+    /// Uses one socket for one destination after the other, whatever came of those before.
+    Chain {
+        /// How; only the connected ways.
+        transport: Transport,
+        /// Where to; the first one's family is the socket's.
+        dials: Vec<Dial>,
+    },
+    /// Sends one datagram of any content on a kept unconnected socket, and waits for nothing.
+    SendDatagram {
+        /// The socket.
+        id: u64,
+        /// Where to.
+        to: SocketAddr,
+        /// What.
+        bytes: Vec<u8>,
+    },
+    /// Waits for one datagram of any content on a kept unconnected socket.
+    ReceiveDatagram {
+        /// The socket.
+        id: u64,
+        /// How long.
+        timeout: Duration,
+    },
     /// Closes a kept socket or a held group.
     Close {
         /// The socket or group.
@@ -178,6 +201,10 @@ pub enum Reply {
     Exchange(Exchange),
     /// Nobody answered.
     Failure(Failure),
+    /// What came of each destination.
+    Chain(Vec<Result<Exchange, Failure>>),
+    /// A datagram came.
+    Datagram(Datagram),
     /// What a loop has seen.
     Loop(LoopReport),
     /// What held connections say.
@@ -207,6 +234,15 @@ pub struct Exchange {
     pub connect_ns: u64,
     /// What everything took.
     pub total_ns: u64,
+}
+
+/// A datagram of any content.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Datagram {
+    /// Whom `recvfrom` names as its sender.
+    pub source: SocketAddr,
+    /// What is in it.
+    pub bytes: Vec<u8>,
 }
 
 /// Where a connection failed.
