@@ -1,0 +1,83 @@
+//! Tables that are full: the agent moves to larger ones, and nobody notices.
+
+#![expect(clippy::unwrap_used, reason = "the helpers of tests fail as tests do")]
+
+use std::time::Duration;
+
+use sheave_tests::{
+    lab::Shape,
+    manifests::{Object, service},
+    protocol::{Dial, LoopSpec, Transport},
+    scene::{Scene, TARGET, at, names, reach, slices},
+};
+
+/// More than the tables of [`SMALL`] hold.
+const MANY: u8 = 60;
+const SMALL: [&str; 8] =
+    ["--max-frontends", "16", "--max-services", "16", "--max-slots", "16", "--max-backends", "16"];
+
+fn vip(number: u8) -> String {
+    format!("10.96.1.{number}")
+}
+
+/// Sticky, so that growth shows whether it keeps what the programs remember.
+fn sticky(scene: &Scene, number: u8) -> Vec<Object> {
+    let node = scene.node().unwrap();
+    let places: Vec<_> = node.pods().iter().map(|pod| (node, pod)).collect();
+    let name = format!("svc-{number}");
+    let mut objects = vec![
+        service(&name, &[&vip(number)])
+            .port("http", "TCP", 80, TARGET)
+            .set("spec.sessionAffinity", "ClientIP"),
+    ];
+    objects.extend(slices(&name, "http", "TCP", &places));
+    objects
+}
+
+#[test]
+fn full_tables_grow_under_load_and_keep_affinity_and_connections() {
+    let mut scene = Scene::with(Shape { nodes: 1, pods: 3 }, &SMALL).unwrap();
+    scene.serve().unwrap();
+    scene.apply("svc-1", &sticky(&scene, 1)).unwrap();
+    let client = scene.pod(0).unwrap().client().unwrap();
+    let dial = Dial::new(at(&vip(1), 80).unwrap());
+    let first = reach(&client, Transport::Tcp, dial).unwrap().answer.unwrap();
+    let held = client.hold(dial, 10).unwrap();
+    let load = client.start_loop(LoopSpec::new(Transport::Tcp, dial).threads(2)).unwrap();
+
+    for number in 2..=MANY {
+        scene.apply(&format!("svc-{number}"), &sticky(&scene, number)).unwrap();
+    }
+    for number in 1..=MANY {
+        reach(&client, Transport::Tcp, Dial::new(at(&vip(number), 80).unwrap())).unwrap();
+    }
+    let report = client.stop_loop(load).unwrap();
+    assert!(report.failures.is_empty(), "{report:?}");
+    // A6: the same backend all the time, under the same ids in the larger tables.
+    assert_eq!(report.answers.into_keys().collect::<std::collections::BTreeSet<_>>(), names(&[&first]));
+    assert_eq!(client.check_held(held.id).unwrap().alive, 10);
+    assert!(scene.agent().unwrap().log_tail().contains("moving to larger ones"));
+
+    // The next agent finds the larger tables, and has nothing to write.
+    scene.take_agent().unwrap().kill().unwrap();
+    scene.start_agent().unwrap();
+    let status = scene.agent().unwrap().status().unwrap();
+    assert_eq!(status["writes"], 0, "{status}");
+    assert_eq!(reach(&client, Transport::Tcp, dial).unwrap().answer.unwrap(), first);
+}
+
+/// The first sync finds more than the tables hold.
+#[test]
+fn a_large_cluster_is_programmed_by_a_small_start() {
+    let mut scene = Scene::without_agent(Shape { nodes: 1, pods: 2 }, &SMALL).unwrap();
+    scene.serve().unwrap();
+    for number in 1..=MANY {
+        scene.lab().manifests().write(&format!("svc-{number}"), &sticky(&scene, number)).unwrap();
+    }
+    scene.start_agent().unwrap();
+    let client = scene.pod(0).unwrap().client().unwrap();
+    for number in 1..=MANY {
+        let dial = Dial::new(at(&vip(number), 80).unwrap()).timeout(Duration::from_secs(2));
+        reach(&client, Transport::Tcp, dial).unwrap();
+    }
+}
