@@ -254,6 +254,8 @@ impl Agent {
             }
             failed.entry(port.service.clone()).or_insert(text);
         }
+        // What fails for the first time is not made to wait for what has failed for long.
+        let news = failed.keys().any(|key| !self.failed.contains_key(key));
         for key in tried {
             match (self.failed.get(key), failed.get(key)) {
                 (old, Some(new)) if old != Some(new) => {
@@ -268,7 +270,7 @@ impl Agent {
         self.retry = if self.failed.is_empty() && !self.reconciler.needs_full_sync() {
             None
         } else {
-            let wait = self.retry.map_or(RETRY_MIN, |(_, wait)| (wait * 2).min(RETRY_MAX));
+            let wait = self.retry.filter(|_| !news).map_or(RETRY_MIN, |(_, wait)| (wait * 2).min(RETRY_MAX));
             Some((Instant::now() + wait, wait))
         };
     }

@@ -92,7 +92,7 @@ fn read(dataplane: &impl Dataplane, id: ServiceId) -> Option<PortState> {
                 return None;
             }
             let address = SocketAddr::new(backend.address.ip(), backend.port.number());
-            let member = Member { id: *backend_id, serving: backend.is_serving() };
+            let member = Member { id: *backend_id, state: backend.state() };
             let known = match word {
                 RecordWord::Draining => state.drained.insert(address, member),
                 RecordWord::Cluster | RecordWord::Local | RecordWord::Affinity => {

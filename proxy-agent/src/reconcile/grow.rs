@@ -7,12 +7,12 @@ use super::{Error, Reconciler, Report, Table};
 use crate::dataplane::{Dataplane, Failure, Limits, RecordWord, Write};
 
 impl Report {
-    /// The sizes that would have prevented the failures of this sync; `None` if sizes are not what is missing, or if
-    /// they are at their maximum.
+    /// Sizes to try after the failures of this sync; `None` if sizes are not what is missing, or if they are at their
+    /// maximum. Places that only rest are no excuse: a table that is full of those is too small for its changes.
     pub fn larger(&self, limits: Limits) -> Option<Limits> {
         let mut larger = limits;
         for (_, error) in &self.failed {
-            if let Error::Full { table, resting: false, .. } = error {
+            if let Error::Full { table, .. } = error {
                 match table {
                     Table::Frontends => larger.frontends = double(limits.frontends, Limits::MAX.frontends),
                     Table::Services => larger.services = double(limits.services, Limits::MAX.services),
@@ -63,7 +63,7 @@ impl Reconciler {
             let members = state.members.iter().chain(&state.drained);
             writes.extend(members.map(|(address, member)| Write::Backend {
                 index: member.id.index(),
-                value: super::port::backend(*address, member.serving, member.id),
+                value: super::port::backend(*address, member.state, member.id),
             }));
             for run in &state.runs {
                 writes.extend(

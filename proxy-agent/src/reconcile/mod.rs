@@ -25,7 +25,7 @@ use crate::object::ObjectKey;
 use crate::resolve::ServicePortKey;
 
 pub use pool::REST_MS;
-pub use wanted::{Membership, WantedPort};
+pub use wanted::WantedPort;
 
 use pool::{Places, Runs};
 use port::PortState;
@@ -40,8 +40,6 @@ pub enum Error {
         table: Table,
         /// Its size.
         limit: u32,
-        /// Whether places will be free soon, without a larger table.
-        resting: bool,
     },
     /// A write failed.
     #[error("writing {table} failed")]
@@ -308,7 +306,7 @@ impl Reconciler {
 
     fn write_error(&self, source: io::Error) -> Error {
         if source.raw_os_error() == Some(libc::E2BIG) {
-            Error::Full { table: Table::Frontends, limit: self.limits.frontends, resting: false }
+            Error::Full { table: Table::Frontends, limit: self.limits.frontends }
         } else {
             Error::Write { table: Table::Frontends, source }
         }

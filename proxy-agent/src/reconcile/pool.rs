@@ -46,11 +46,6 @@ impl Places {
         Some(place)
     }
 
-    /// Whether a place will be free soon without anybody giving one back.
-    pub(super) fn is_resting(&self) -> bool {
-        !self.resting.is_empty()
-    }
-
     /// More places, after the table has grown.
     pub(super) fn extend(&mut self, limit: u32) {
         self.limit = self.limit.max(limit);
@@ -113,11 +108,6 @@ impl Runs {
         self.remove(first, found);
         self.insert(first.saturating_add(length), found - length);
         Some(first)
-    }
-
-    /// Whether places will be free soon without anybody giving some back.
-    pub(super) fn is_resting(&self) -> bool {
-        !self.resting.is_empty()
     }
 
     /// More places, after the table has grown from `old` to `new`.

@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use proxy_common::abi::{
-    AffinityWord, Backend, BackendId, FrontendKey, Port, ServiceId, ServiceRecord, SetWord, WhenEmpty,
+    AffinityWord, Backend, BackendId, BackendState, FrontendKey, Port, ServiceId, ServiceRecord, SetWord,
+    WhenEmpty,
 };
 
-use super::{Error, Membership, Reconciler, Table, WantedPort};
+use super::{Error, Reconciler, Table, WantedPort};
 use crate::dataplane::{Dataplane, RecordWord, Write};
 
 /// What is written for one service port.
@@ -39,7 +40,7 @@ pub(super) struct Run {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Member {
     pub(super) id: BackendId,
-    pub(super) serving: bool,
+    pub(super) state: BackendState,
 }
 
 /// The record's words that are sets.
@@ -57,6 +58,13 @@ impl PortState {
         }
     }
 
+    fn are_unsure(&mut self, changes: &[StateChange]) {
+        for change in changes {
+            change.is_unsure(&mut self.members);
+            change.is_unsure(&mut self.drained);
+        }
+    }
+
     fn backends(&self) -> BTreeSet<BackendId> {
         self.members.values().chain(self.drained.values()).map(|member| member.id).collect()
     }
@@ -70,11 +78,49 @@ impl Run {
 }
 
 /// What a port's record shall become; ids are given out, nothing is written.
+#[derive(Default)]
 struct Next {
     members: BTreeMap<SocketAddr, Member>,
     drained: BTreeMap<SocketAddr, Member>,
     new_ids: Vec<BackendId>,
+    /// Backends that stay, with another state.
+    changes: Vec<StateChange>,
     writes: Vec<Write>,
+}
+
+/// Before the commit a backend says what is true before or after it, afterwards only what is true after it.
+struct StateChange {
+    address: SocketAddr,
+    id: BackendId,
+    both: BackendState,
+    to: BackendState,
+}
+
+impl StateChange {
+    fn write(&self, state: BackendState) -> Write {
+        Write::Backend { index: self.id.index(), value: backend(self.address, state, self.id) }
+    }
+
+    /// A write of this change failed somewhere: both states may be written.
+    fn is_unsure(&self, members: &mut BTreeMap<SocketAddr, Member>) {
+        if let Some(member) = members.get_mut(&self.address).filter(|member| member.id == self.id) {
+            member.state = self.both;
+        }
+    }
+}
+
+impl Next {
+    fn keep(&mut self, address: SocketAddr, member: Member, state: BackendState) {
+        if member.state != state {
+            let change = StateChange { address, id: member.id, both: member.state.or(state), to: state };
+            if change.both != member.state {
+                self.writes.push(change.write(change.both));
+            }
+            self.changes.push(change);
+        }
+        let into = if state.in_a_set() { &mut self.members } else { &mut self.drained };
+        into.insert(address, Member { id: member.id, state });
+    }
 }
 
 impl Reconciler {
@@ -96,11 +142,7 @@ impl Reconciler {
                 return Ok(state);
             }
         }
-        let full = Error::Full {
-            table: Table::Services,
-            limit: self.limits.services,
-            resting: self.service_ids.is_resting(),
-        };
+        let full = Error::Full { table: Table::Services, limit: self.limits.services };
         let id = self.service_ids.take(now_ms).ok_or(full)?;
         // Whatever a former tenant left there is compared, not assumed.
         Ok(PortState::new(id, dataplane.record(id)))
@@ -137,6 +179,7 @@ impl Reconciler {
             };
             let unused: Vec<&Run> = runs.iter().filter_map(|(run, _)| run.as_ref()).collect();
             self.forget(&next.new_ids, &unused);
+            state.are_unsure(&next.changes);
             return Err(Error::Write { table, source: failure.error });
         }
         let before = state.backends();
@@ -145,59 +188,52 @@ impl Reconciler {
             // Some words may point to old members, others to new ones: keep all, the next comparison sorts it out.
             state.members.append(&mut next.members);
             state.drained.append(&mut next.drained);
+            state.are_unsure(&next.changes);
             return result;
         }
         state.members = next.members;
         state.drained = next.drained;
         let after = state.backends();
         *written += self.vacate(before.difference(&after).copied(), dataplane, now_ms);
-        Ok(())
+        next.changes.retain(|change| change.both != change.to);
+        let writes: Vec<Write> = next.changes.iter().map(|change| change.write(change.to)).collect();
+        let failures = dataplane.apply(&writes);
+        *written += writes.len() - failures.len();
+        match failures.into_iter().next() {
+            Some(failure) => {
+                state.are_unsure(&next.changes);
+                Err(Error::Write { table: Table::Backends, source: failure.error })
+            }
+            None => Ok(()),
+        }
     }
 
     /// Gives every wanted endpoint its backend id, keeping the ids of those that stay.
     fn next(&mut self, state: &PortState, port: &WantedPort, now_ms: u64) -> Result<Next, Error> {
-        let mut next = Next {
-            members: BTreeMap::new(),
-            drained: BTreeMap::new(),
-            new_ids: Vec::new(),
-            writes: Vec::new(),
-        };
-        for (address, membership) in &port.endpoints {
-            let serving = membership.serving;
-            let old = state.members.get(address);
-            let drained = state.drained.get(address);
-            let mut keep = |member: &Member, into: &mut BTreeMap<SocketAddr, Member>| {
-                if member.serving != serving {
-                    let value = backend(*address, serving, member.id);
-                    next.writes.push(Write::Backend { index: member.id.index(), value });
-                }
-                into.insert(*address, Member { id: member.id, serving });
-            };
-            if membership.in_a_set() {
+        let mut next = Next::default();
+        for (address, wanted) in &port.endpoints {
+            let (old, drained) = (state.members.get(address), state.drained.get(address));
+            if wanted.in_a_set() {
                 match old {
-                    Some(member) => keep(member, &mut next.members),
+                    Some(member) => next.keep(*address, *member, *wanted),
                     None => {
                         let Some(id) = self.new_backend(now_ms) else {
                             self.forget(&next.new_ids, &[]);
-                            return Err(Error::Full {
-                                table: Table::Backends,
-                                limit: self.limits.backends,
-                                resting: self.backend_places.is_resting(),
-                            });
+                            return Err(Error::Full { table: Table::Backends, limit: self.limits.backends });
                         };
                         next.new_ids.push(id);
-                        let value = backend(*address, serving, id);
+                        let value = backend(*address, *wanted, id);
                         next.writes.push(Write::Backend { index: id.index(), value });
-                        next.members.insert(*address, Member { id, serving });
+                        next.members.insert(*address, Member { id, state: *wanted });
                     }
                 }
-                if let (Some(member), true) = (drained, serving) {
+                if let (Some(member), true) = (drained, wanted.serving) {
                     next.drained.insert(*address, *member);
                 }
-            } else if serving {
+            } else if wanted.serving {
                 // The younger id has the younger flows.
                 if let Some(member) = old.or(drained) {
-                    keep(member, &mut next.drained);
+                    next.keep(*address, *member, *wanted);
                 }
             }
         }
@@ -231,8 +267,7 @@ impl Reconciler {
                 .filter(|count| *count <= SetWord::MAX_COUNT)
                 .ok_or(too_many)
                 .and_then(|count| {
-                    let resting = self.slots.is_resting();
-                    let full = Error::Full { table: Table::Slots, limit: self.limits.slots, resting };
+                    let full = Error::Full { table: Table::Slots, limit: self.limits.slots };
                     self.slots.take(count, now_ms).ok_or(full)
                 });
             match result {
@@ -416,9 +451,9 @@ fn next_affinity(current: AffinityWord, timeout_s: Option<u32>) -> AffinityWord 
 fn ids(
     members: &BTreeMap<SocketAddr, Member>,
     port: &WantedPort,
-    belongs: impl Fn(&Membership) -> bool,
+    belongs: impl Fn(&BackendState) -> bool,
 ) -> Vec<BackendId> {
-    let in_set = port.endpoints.iter().filter(|(_, membership)| belongs(membership));
+    let in_set = port.endpoints.iter().filter(|(_, state)| belongs(state));
     sorted(in_set.filter_map(|(address, _)| members.get(address)).map(|member| member.id))
 }
 
@@ -428,6 +463,6 @@ fn sorted(ids: impl Iterator<Item = BackendId>) -> Vec<BackendId> {
     ids
 }
 
-pub(super) fn backend(address: SocketAddr, serving: bool, id: BackendId) -> Backend {
-    Backend::new(address.ip().into(), Port::new(address.port()), serving, id.generation())
+pub(super) fn backend(address: SocketAddr, state: BackendState, id: BackendId) -> Backend {
+    Backend::new(address.ip().into(), Port::new(address.port()), state, id.generation())
 }

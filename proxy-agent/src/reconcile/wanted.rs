@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
-use proxy_common::abi::{FrontendKey, FrontendValue, Port, WhenEmpty};
+use proxy_common::abi::{BackendState, FrontendKey, FrontendValue, Port, WhenEmpty};
 
 use crate::claims::Claims;
 use crate::resolve::{NodeFacts, Resolved, ServicePortKey, frontend_value};
@@ -14,7 +14,7 @@ pub struct WantedPort {
     /// Frontends that it wins (S12). The values' service id is filled in when it is known.
     pub frontends: Vec<(FrontendKey, FrontendValue)>,
     /// Endpoints that are in a set, or serve.
-    pub endpoints: BTreeMap<SocketAddr, Membership>,
+    pub endpoints: BTreeMap<SocketAddr, BackendState>,
     /// Whether the cluster set is used (P2).
     pub uses_cluster_set: bool,
     /// Whether the local set is used (P2).
@@ -35,42 +35,22 @@ impl WantedPort {
             (key, frontend_value(resolved, frontend, facts, 0))
         });
         let endpoints = resolved.endpoints.iter().map(|endpoint| {
-            let membership = Membership {
+            let state = BackendState {
                 cluster: endpoint.in_cluster_set,
                 local: endpoint.in_local_set,
                 serving: endpoint.serving,
             };
-            (SocketAddr::new(endpoint.address, endpoint.port), membership)
+            (SocketAddr::new(endpoint.address, endpoint.port), state)
         });
         Self {
             key: resolved.key.clone(),
             frontends: frontends.collect(),
-            endpoints: endpoints
-                .filter(|(_, membership)| membership.in_a_set() || membership.serving)
-                .collect(),
+            endpoints: endpoints.filter(|(_, state)| state.in_a_set() || state.serving).collect(),
             uses_cluster_set: resolved.cluster_set.is_some(),
             uses_local_set: resolved.local_set.is_some(),
             // A cluster set can only be empty when there is no endpoint at all, so one answer fits both sets.
             when_empty: if resolved.has_any_endpoints { WhenEmpty::Drop } else { WhenEmpty::Reject },
             affinity_timeout_s: resolved.affinity_timeout_s,
         }
-    }
-}
-
-/// Where an endpoint belongs.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Membership {
-    /// In the cluster set.
-    pub cluster: bool,
-    /// In the local set.
-    pub local: bool,
-    /// Serves: old datagram flows stay with it even when it is in no set (C2).
-    pub serving: bool,
-}
-
-impl Membership {
-    /// Whether new connections may reach it.
-    pub const fn in_a_set(&self) -> bool {
-        self.cluster || self.local
     }
 }

@@ -1,6 +1,6 @@
 //! `BACKENDS`: mmap-able array, index → backend, and `SLOTS`: mmap-able array of backend ids. Written by the agent only.
 
-use super::{Address, Port};
+use super::{Address, Port, WhichSet};
 
 /// Index (bits 0–31) and generation (32–63) of a backend. An index is used again with the next generation, so a stale
 /// id in an affinity entry or a flow names something that is gone and is not believed. 0 is never real.
@@ -64,11 +64,58 @@ layout!(Backend, size = 24, fields = Address, Port, u16, u32);
 const LIVE: u16 = 1;
 /// The tenant serves (E7): datagram flows may stay with it.
 const SERVING: u16 = 2;
+/// The tenant is in its service port's cluster set.
+const IN_CLUSTER_SET: u16 = 4;
+/// The tenant is in its service port's local set.
+const IN_LOCAL_SET: u16 = 8;
+
+/// What may change about a tenant. That it knows its sets makes the membership test of session affinity (A4) one flag
+/// instead of a search: the flag is set before the set is committed and cleared after.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct BackendState {
+    /// In the cluster set.
+    pub cluster: bool,
+    /// In the local set.
+    pub local: bool,
+    /// Serves (E7), whatever set it is in.
+    pub serving: bool,
+}
+
+impl BackendState {
+    /// Whether new connections may reach it.
+    pub const fn in_a_set(&self) -> bool {
+        self.cluster || self.local
+    }
+
+    /// Whatever either says.
+    #[must_use]
+    pub const fn or(self, other: Self) -> Self {
+        Self {
+            cluster: self.cluster || other.cluster,
+            local: self.local || other.local,
+            serving: self.serving || other.serving,
+        }
+    }
+
+    const fn flags(self) -> u16 {
+        let mut flags = LIVE;
+        if self.serving {
+            flags |= SERVING;
+        }
+        if self.cluster {
+            flags |= IN_CLUSTER_SET;
+        }
+        if self.local {
+            flags |= IN_LOCAL_SET;
+        }
+        flags
+    }
+}
 
 impl Backend {
     /// A live backend.
-    pub const fn new(address: Address, port: Port, serving: bool, generation: u32) -> Self {
-        Self { address, port, flags: if serving { LIVE | SERVING } else { LIVE }, generation }
+    pub const fn new(address: Address, port: Port, state: BackendState, generation: u32) -> Self {
+        Self { address, port, flags: state.flags(), generation }
     }
 
     /// A place whose last tenant had `generation`.
@@ -100,6 +147,25 @@ impl Backend {
     pub const fn is_serving(&self) -> bool {
         self.flags & SERVING != 0
     }
+
+    /// Whether the tenant is in that set of its service port.
+    #[inline(always)]
+    pub const fn is_in(&self, which: WhichSet) -> bool {
+        let flag = match which {
+            WhichSet::Cluster => IN_CLUSTER_SET,
+            WhichSet::Local => IN_LOCAL_SET,
+        };
+        self.flags & flag != 0
+    }
+
+    /// All that may change about the tenant.
+    pub const fn state(&self) -> BackendState {
+        BackendState {
+            cluster: self.is_in(WhichSet::Cluster),
+            local: self.is_in(WhichSet::Local),
+            serving: self.is_serving(),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -107,19 +173,21 @@ mod tests {
     use super::*;
     use core::net::IpAddr;
 
+    const STATE: BackendState = BackendState { cluster: false, local: true, serving: true };
+
     #[test]
     fn backend_bytes() {
-        let backend = Backend::new(IpAddr::from([10, 244, 1, 5]).into(), Port::new(9876), true, 0x0102_0304);
+        let backend = Backend::new(IpAddr::from([10, 244, 1, 5]).into(), Port::new(9876), STATE, 0x0102_0304);
         // SAFETY: the layout assertion proves 24 bytes without padding.
         let bytes: [u8; 24] = unsafe { core::mem::transmute(backend) };
         let expected =
-            [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 244, 1, 5, 0x26, 0x94, 3, 0, 4, 3, 2, 1];
+            [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 244, 1, 5, 0x26, 0x94, 0b1011, 0, 4, 3, 2, 1];
         assert_eq!(bytes, expected);
     }
 
     #[test]
     fn stale_id_is_not_believed() {
-        let backend = Backend::new(Address::default(), Port::new(1), true, 4);
+        let backend = Backend::new(Address::default(), Port::new(1), STATE, 4);
         assert!(backend.is(BackendId::new(9, 4)) && !backend.is(BackendId::new(9, 3)));
         assert!(!Backend::vacant(4).is(BackendId::new(9, 4)));
         assert_eq!(BackendId::new(9, 4).bits(), 0x0000_0004_0000_0009);

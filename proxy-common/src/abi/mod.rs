@@ -36,7 +36,7 @@ pub mod socket;
 
 pub use address::{Address, Port};
 pub use affinity::{AffinityEntry, AffinityKey, AffinitySlot, ClientKey};
-pub use backend::{Backend, BackendId};
+pub use backend::{Backend, BackendId, BackendState};
 pub use counter::Outcome;
 pub use datagram::{DatagramFlow, DatagramKey, DatagramOrigin};
 pub use frontend::{FrontendKey, FrontendKind, FrontendValue, Origin, Protocol};

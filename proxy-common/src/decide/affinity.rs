@@ -24,9 +24,9 @@ pub(super) fn choose(
         entry = found;
     }
     let (this, other) = entry.slots(which);
-    let mut chosen = usable(tables, set, affinity, this, now_ns);
+    let mut chosen = usable(tables, which, affinity, this, now_ns);
     if chosen.is_none() {
-        chosen = usable(tables, set, affinity, other, now_ns);
+        chosen = usable(tables, which, affinity, other, now_ns);
     }
     if chosen.is_none() {
         chosen = select::pick(tables, set);
@@ -41,7 +41,7 @@ pub(super) fn choose(
 #[inline(always)]
 fn usable(
     tables: &impl Tables,
-    set: SetWord,
+    which: WhichSet,
     affinity: AffinityWord,
     slot: AffinitySlot,
     now_ns: u64,
@@ -53,9 +53,6 @@ fn usable(
     if age_ns >= affinity.timeout_s() as u64 * 1_000_000_000 {
         return None;
     }
-    if !select::contains(tables, set, slot.backend) {
-        return None;
-    }
     let backend = select::get(tables, slot.backend)?;
-    Some((slot.backend, backend))
+    if backend.is_in(which) { Some((slot.backend, backend)) } else { None }
 }

@@ -11,7 +11,7 @@ pub mod snat;
 
 pub use connect::{Client, Connect, connect};
 pub use datagram::{Sent, receive, send};
-pub use select::{contains, get};
+pub use select::get;
 
 use crate::abi::{
     Address, AffinityEntry, AffinityKey, AffinityWord, Backend, BackendId, DatagramFlow, DatagramKey,

@@ -18,28 +18,3 @@ pub(super) fn pick(tables: &impl Tables, set: SetWord) -> Option<(BackendId, Bac
     let backend = get(tables, id)?;
     Some((id, backend))
 }
-
-/// log2 of the largest set, rounded up: the verifier wants the search to have a bound.
-const MAX_STEPS: u32 = 24;
-
-/// Whether `id` is in the set: a binary search, as slots of a set are sorted by id (A4).
-#[inline(always)]
-pub fn contains(tables: &impl Tables, set: SetWord, id: BackendId) -> bool {
-    let (mut low, mut high) = (0u32, set.count());
-    for _ in 0..=MAX_STEPS {
-        if low >= high {
-            return false;
-        }
-        let middle = low + (high - low) / 2;
-        let Some(found) = tables.slot(set.first().wrapping_add(middle)) else { return false };
-        if found == id {
-            return true;
-        }
-        if found < id {
-            low = middle + 1;
-        } else {
-            high = middle;
-        }
-    }
-    false
-}
