@@ -109,7 +109,6 @@ impl Agent {
         loop {
             let wake = self.wake();
             tokio::select! {
-                biased;
                 () = &mut stop => return Ok(()),
                 change = changes.recv() => {
                     let Some(change) = change else { return Ok(()) };

@@ -18,7 +18,8 @@ use proxy_common::abi::{
 use super::{Error, Pins, sys};
 use crate::dataplane::Limits;
 
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sheave-bpf"));
+/// The kernel programs and their maps, as built: ELF.
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sheave-bpf"));
 
 /// Programs, by name; the name is also that of the link's pin.
 pub const PROGRAMS: [&str; 8] = [
