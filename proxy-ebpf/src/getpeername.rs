@@ -7,13 +7,15 @@ use crate::{
 };
 
 pub(crate) fn run<F: Family>(ctx: &SockAddrContext) -> i32 {
-    if let Some(origin) = origin(ctx) {
-        if let Some(vip) = origin.vip_of(peer::<F>(ctx)) {
-            set_peer::<F>(ctx, vip);
-            count(Outcome::PeerTranslated);
-            return ALLOW;
-        }
+    let vip = match origin(ctx) {
+        Some(origin) => origin.vip_of(peer::<F>(ctx)),
+        None => None,
+    };
+    if let Some(vip) = vip {
+        set_peer::<F>(ctx, vip);
+        count(Outcome::PeerTranslated);
+    } else {
+        count(Outcome::PeerUntouched);
     }
-    count(Outcome::PeerUntouched);
     ALLOW
 }

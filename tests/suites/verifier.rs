@@ -1,8 +1,6 @@
 //! The verifier's verdict on every program, with every setting: a panic that stays reachable, or a bound that it cannot
 //! follow, makes loading fail.
 
-#![expect(clippy::unwrap_used, clippy::panic, reason = "the helpers of tests fail as tests do")]
-
 use aya::{EbpfLoader, programs::CgroupSockAddr};
 use proxy_agent::kernel::programs::{OBJECT, PROGRAMS};
 
