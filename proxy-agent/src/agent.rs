@@ -13,7 +13,7 @@ use crate::dataplane::{Dataplane, Limits};
 use crate::kernel::{self, Loaded, Pins, Settings};
 use crate::model::{Model, OwnAddresses};
 use crate::object::{Change, Delta, ObjectKey, Problem, Read};
-use crate::reconcile::{REST_MS, Reconciler, Report, WantedPort, WantedService};
+use crate::reconcile::{self, REST_MS, Reconciler, Report, WantedPort, WantedService};
 use crate::resolve::Policy;
 use crate::status::Status;
 use crate::view;
@@ -171,9 +171,7 @@ impl Agent {
             self.told.service(key, self.wanted.problems_of(key));
         }
         let wanted: Vec<WantedService> = dirty.iter().map(|key| self.wanted_service(key)).collect();
-        let now_ms = self.now_ms();
-        let report = self.reconciler.sync(&mut self.kernel, &wanted, full, now_ms);
-        let report = self.grow(report, &wanted, full)?;
+        let report = self.reconcile(&wanted, full)?;
         self.finish(&dirty, &report);
         self.status.synced(report.writes, begun.elapsed(), self.reconciler.frontend_count());
         if !self.synced {
@@ -206,39 +204,45 @@ impl Agent {
         Ok(())
     }
 
-    /// Moves to larger tables if that is what the failed Services need, and programs those at once.
-    fn grow(
-        &mut self,
-        report: Report,
-        wanted: &[WantedService],
-        full: bool,
-    ) -> Result<Report, kernel::Error> {
-        let mut report = report;
-        while let Some(limits) = report.larger(self.kernel.limits()) {
-            tracing::info!(?limits, "a table is full: moving to larger ones");
-            let generation = self.loaded.generation + 1;
-            self.config.pins.make_tables(generation)?;
-            let mut loaded = Loaded::load(&self.config.pins, generation, limits, self.settings)?;
-            let mut kernel = Kernel::of(&loaded, &self.config.pins)?;
-            if let Err(failure) = self.reconciler.move_to(&mut kernel) {
-                // The old tables are as good as before; the failed Services are tried again.
-                tracing::error!(error = %failure.error, "the larger tables could not be filled");
-                self.config.pins.remove_others(self.loaded.generation)?;
-                return Ok(report);
-            }
-            if self.synced {
-                loaded.attach(&self.config.cgroup)?;
-            }
-            (self.loaded, self.kernel) = (loaded, kernel);
-            if self.synced {
-                self.config.pins.remove_others(generation)?;
-            }
-            let writes = report.writes;
-            let now_ms = self.now_ms();
-            report = self.reconciler.sync(&mut self.kernel, wanted, full, now_ms);
-            report.writes += writes;
+    /// Writes what is wanted, on larger tables if it does not fit. With `full` the room that it needs is known before.
+    fn reconcile(&mut self, wanted: &[WantedService], full: bool) -> Result<Report, kernel::Error> {
+        let limits = self.kernel.limits();
+        let roomy = reconcile::roomy(limits, wanted);
+        if full && roomy != limits {
+            self.move_to(roomy)?;
         }
-        Ok(report)
+        let mut writes = 0;
+        loop {
+            let now_ms = self.now_ms();
+            let mut report = self.reconciler.sync(&mut self.kernel, wanted, full, now_ms);
+            report.writes += writes;
+            match report.larger(self.kernel.limits()) {
+                Some(limits) if self.move_to(limits)? => writes = report.writes,
+                Some(_) | None => return Ok(report),
+            }
+        }
+    }
+
+    /// Moves to tables of these sizes; `false` if they could not be filled, then the old ones stay in use.
+    fn move_to(&mut self, limits: Limits) -> Result<bool, kernel::Error> {
+        tracing::info!(?limits, "moving to larger tables");
+        let generation = self.loaded.generation + 1;
+        self.config.pins.make_tables(generation)?;
+        let mut loaded = Loaded::load(&self.config.pins, generation, limits, self.settings)?;
+        let mut kernel = Kernel::of(&loaded, &self.config.pins)?;
+        if let Err(failure) = self.reconciler.move_to(&mut kernel) {
+            tracing::error!(error = %failure.error, "the larger tables could not be filled");
+            self.config.pins.remove_others(self.loaded.generation)?;
+            return Ok(false);
+        }
+        if self.synced {
+            loaded.attach(&self.config.cgroup)?;
+        }
+        (self.loaded, self.kernel) = (loaded, kernel);
+        if self.synced {
+            self.config.pins.remove_others(generation)?;
+        }
+        Ok(true)
     }
 
     /// Remembers what failed, says so once, and plans the next try.

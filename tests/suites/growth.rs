@@ -13,8 +13,16 @@ use sheave_tests::{
 
 /// More than the tables of [`SMALL`] hold.
 const MANY: u8 = 60;
-const SMALL: [&str; 8] =
-    ["--max-frontends", "16", "--max-services", "16", "--max-slots", "16", "--max-backends", "16"];
+const SMALL: [&str; 8] = [
+    "--initial-frontends",
+    "16",
+    "--initial-services",
+    "16",
+    "--initial-slots",
+    "16",
+    "--initial-backends",
+    "16",
+];
 
 fn vip(number: u8) -> String {
     format!("10.96.1.{number}")
@@ -58,7 +66,7 @@ fn full_tables_grow_under_load_and_keep_affinity_and_connections() {
     // A6: the same backend all the time, under the same ids in the larger tables.
     assert_eq!(report.answers.into_keys().collect::<std::collections::BTreeSet<_>>(), names(&[&first]));
     assert_eq!(client.check_held(held.id).unwrap().alive, 10);
-    assert!(scene.agent().unwrap().log_tail().contains("moving to larger ones"));
+    assert!(scene.agent().unwrap().log_tail().contains("moving to larger tables"));
 
     // The next agent finds the larger tables, and has nothing to write.
     scene.take_agent().unwrap().kill().unwrap();

@@ -37,22 +37,22 @@ pub(super) struct RunArgs {
     policy: PolicyArgs,
 }
 
-/// Sizes of the tables. They count when tables are made; pinned ones keep their size.
+/// Sizes that the tables start with. They grow by themselves; pinned ones keep their size.
 #[derive(Args, Clone, Copy, Debug)]
 #[command(next_help_heading = "Table sizes")]
 struct LimitArgs {
     /// VIP:port/protocol triples.
-    #[arg(long, value_name = "N", default_value_t = 1 << 18, value_parser = clap::value_parser!(u32).range(16..))]
-    max_frontends: u32,
+    #[arg(long, value_name = "N", default_value_t = 1 << 14, value_parser = clap::value_parser!(u32).range(16..))]
+    initial_frontends: u32,
     /// Service ports, each family by itself.
-    #[arg(long, value_name = "N", default_value_t = 1 << 16, value_parser = clap::value_parser!(u32).range(16..))]
-    max_services: u32,
+    #[arg(long, value_name = "N", default_value_t = 1 << 14, value_parser = clap::value_parser!(u32).range(16..))]
+    initial_services: u32,
     /// Endpoints of all sets, with room for those being replaced.
-    #[arg(long, value_name = "N", default_value_t = 1 << 19, value_parser = clap::value_parser!(u32).range(16..))]
-    max_slots: u32,
+    #[arg(long, value_name = "N", default_value_t = 1 << 16, value_parser = clap::value_parser!(u32).range(16..))]
+    initial_slots: u32,
     /// Endpoints of all service ports.
-    #[arg(long, value_name = "N", default_value_t = 1 << 18, value_parser = clap::value_parser!(u32).range(16..))]
-    max_backends: u32,
+    #[arg(long, value_name = "N", default_value_t = 1 << 16, value_parser = clap::value_parser!(u32).range(16..))]
+    initial_backends: u32,
 }
 
 impl RunArgs {
@@ -66,10 +66,10 @@ impl RunArgs {
             },
             pins: self.pins.pins(),
             limits: Limits {
-                frontends: self.limits.max_frontends,
-                services: self.limits.max_services,
-                slots: self.limits.max_slots,
-                backends: self.limits.max_backends,
+                frontends: self.limits.initial_frontends,
+                services: self.limits.initial_services,
+                slots: self.limits.initial_slots,
+                backends: self.limits.initial_backends,
             },
         };
         if !nix::unistd::geteuid().is_root() {

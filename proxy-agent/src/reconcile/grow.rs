@@ -3,7 +3,7 @@
 use proxy_common::abi::{Backend, BackendId};
 
 use super::port::{PortState, SETS};
-use super::{Error, Reconciler, Report, Table};
+use super::{Error, Reconciler, Report, Table, WantedService};
 use crate::dataplane::{Dataplane, Failure, Limits, RecordWord, Write};
 
 impl Report {
@@ -22,6 +22,26 @@ impl Report {
             }
         }
         (larger != limits).then_some(larger)
+    }
+}
+
+/// Sizes that hold all that is wanted, with half as much again to spare: for the first sync of a large cluster, which
+/// would otherwise grow again and again. Never smaller than `limits`.
+pub fn roomy(limits: Limits, wanted: &[WantedService]) -> Limits {
+    let ports = || wanted.iter().flat_map(|service| &service.ports);
+    let slots = ports()
+        .flat_map(|port| port.endpoints.values())
+        .map(|s| usize::from(s.cluster) + usize::from(s.local));
+    let roomy = |size: u32, wanted: usize, max: u32| {
+        let spare = u32::try_from(wanted + wanted / 2).unwrap_or(u32::MAX);
+        if spare <= size { size } else { spare.checked_next_power_of_two().unwrap_or(max).min(max) }
+    };
+    let max = Limits::MAX;
+    Limits {
+        frontends: roomy(limits.frontends, ports().map(|port| port.frontends.len()).sum(), max.frontends),
+        services: roomy(limits.services, ports().count(), max.services),
+        slots: roomy(limits.slots, slots.sum(), max.slots),
+        backends: roomy(limits.backends, ports().map(|port| port.endpoints.len()).sum(), max.backends),
     }
 }
 

@@ -24,6 +24,7 @@ use crate::dataplane::{Dataplane, Limits, Write};
 use crate::object::ObjectKey;
 use crate::resolve::ServicePortKey;
 
+pub use grow::roomy;
 pub use pool::REST_MS;
 pub use wanted::WantedPort;
 

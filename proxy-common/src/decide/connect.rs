@@ -36,8 +36,8 @@ pub enum Connect {
 /// good as certain; the bound is for the verifier.
 const TRIES: u32 = 3;
 
-/// Decides a new connection from a socket. `client` is asked only once a frontend is dialled: most connections are for
-/// no Service and shall pay for one look-up, no more.
+/// Decides a new connection from a socket of this node: [`Client::origin`] is never [`Origin::Elsewhere`]. Most
+/// connections are for no Service and pay for one look-up, no more.
 #[inline(always)]
 pub fn connect(tables: &impl Tables, client: &impl Fn() -> Client, to: Peer, protocol: Protocol) -> Connect {
     let key = FrontendKey::new(to.0, to.1, protocol.number());
@@ -45,8 +45,9 @@ pub fn connect(tables: &impl Tables, client: &impl Fn() -> Client, to: Peer, pro
     if frontend.has_source_ranges() {
         return Connect::SourceRanges;
     }
-    let client = client();
-    let which = frontend.set_for(client.origin);
+    // Asking who the client is costs a helper call, and nearly always does not matter.
+    let which =
+        frontend.set_for(if frontend.serves_this_node_alike() { Origin::Node } else { client().origin });
     for _ in 0..TRIES {
         let set = tables.set(frontend.service(), which);
         if set.count() == 0 {
@@ -61,7 +62,7 @@ pub fn connect(tables: &impl Tables, client: &impl Fn() -> Client, to: Peer, pro
         let chosen = if word.timeout_s() == 0 {
             select::pick(tables, set)
         } else {
-            affinity::choose(tables, frontend.service(), which, set, word, client.key)
+            affinity::choose(tables, frontend.service(), which, set, word, client().key)
         };
         if let Some((id, backend)) = chosen {
             return Connect::Forward { id, backend };
