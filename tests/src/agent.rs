@@ -42,6 +42,15 @@ pub struct Agent {
     log: PathBuf,
 }
 
+/// Where an agent has its objects from.
+#[derive(Clone, Copy, Debug)]
+pub enum Source<'a> {
+    /// A directory of manifests.
+    Manifests(&'a Path),
+    /// The API server that a kubeconfig names.
+    Kubeconfig(&'a Path),
+}
+
 /// Runs a command of the agent's binary on a node, whether an agent runs there or not; the arguments begin with the verb.
 /// Exit codes are the caller's to judge.
 pub fn sheave(node: &Node, arguments: &[&str]) -> Result<Output> {
@@ -80,6 +89,16 @@ impl Agent {
 
     /// Starts the agent with more arguments, and does not wait.
     pub fn spawn(lab: &Lab, node: &Node, arguments: &[impl AsRef<OsStr>]) -> Result<Self> {
+        Self::spawn_with(node, &Source::Manifests(lab.manifests().path()), node.cgroup(), arguments)
+    }
+
+    /// Starts the agent with any source and on any cgroup, and does not wait.
+    pub fn spawn_with(
+        node: &Node,
+        source: &Source<'_>,
+        cgroup: &Path,
+        arguments: &[impl AsRef<OsStr>],
+    ) -> Result<Self> {
         let program = binary("sheave", "SHEAVE_BIN")?;
         let directory = node.directory();
         let (bpffs, log) = (directory.join("bpffs"), directory.join("agent.log"));
@@ -91,15 +110,19 @@ impl Agent {
             .append(true)
             .open(&log)
             .with_context(|| format!("opening {}", log.display()))?;
+        let (option, path) = match source {
+            Source::Manifests(path) => ("--manifests", path),
+            Source::Kubeconfig(path) => ("--kubeconfig", path),
+        };
         let child = node
             .host()
             .command(&program)?
             .arg("run")
-            .arg("--manifests")
-            .arg(lab.manifests().path())
+            .arg(option)
+            .arg(path)
             .args(["--node-name", node.name()])
             .arg("--cgroup-root")
-            .arg(node.cgroup())
+            .arg(cgroup)
             .arg("--bpffs")
             .arg(&bpffs)
             .arg("--control-socket")
@@ -193,17 +216,22 @@ impl Agent {
         Ok(names.values().filter_map(Value::as_str).map(ToOwned::to_owned).collect())
     }
 
-    /// Asks the agent to end and waits; one that does not is killed, which is an error.
-    pub fn stop(mut self) -> Result<ExitStatus> {
-        self.signal(Signal::SIGTERM)?;
-        let deadline = Instant::now() + STOPPED_WITHIN;
+    /// Waits until the agent has ended by itself.
+    pub fn wait_ended(mut self, within: Duration) -> Result<ExitStatus> {
+        let deadline = Instant::now() + within;
         while Instant::now() < deadline {
             if let Some(status) = self.child.try_wait().context("waiting for the agent")? {
                 return Ok(status);
             }
             thread::sleep(Duration::from_millis(5));
         }
-        bail!("the agent did not end within {STOPPED_WITHIN:?}; its log ends:\n{}", self.log_tail())
+        bail!("the agent did not end within {within:?}; its log ends:\n{}", self.log_tail())
+    }
+
+    /// Asks the agent to end and waits; one that does not is killed, which is an error.
+    pub fn stop(self) -> Result<ExitStatus> {
+        self.signal(Signal::SIGTERM)?;
+        self.wait_ended(STOPPED_WITHIN)
     }
 
     /// Kills the agent where it stands.

@@ -6,6 +6,7 @@
 //! Two labs never meet: namespaces have no names, and every other name carries the process id and a counter.
 
 pub mod agent;
+pub mod bpf;
 pub mod cgroup;
 pub mod client;
 pub mod daemon;

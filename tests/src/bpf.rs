@@ -1,0 +1,126 @@
+//! What is in the kernel, asked of the kernel itself: programs of a cgroup, and whether maps and programs still exist.
+
+use std::{
+    ffi::CString,
+    fs::File,
+    io,
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
+};
+
+use anyhow::{Context, Result};
+use nix::libc;
+
+/// Commands of bpf(2).
+const OBJ_GET: libc::c_int = 7;
+const PROG_GET_FD_BY_ID: libc::c_int = 13;
+const MAP_GET_FD_BY_ID: libc::c_int = 14;
+const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const PROG_QUERY: libc::c_int = 16;
+
+/// Attach types: connect, sendmsg, recvmsg and getpeername, each for IPv4 and IPv6.
+const HOOKS: [u32; 8] = [10, 11, 14, 15, 19, 20, 29, 30];
+
+/// More programs than anybody attaches to one hook.
+const PROGRAMS_MAX: u32 = 64;
+
+#[repr(C)]
+struct Query {
+    target_fd: RawFd,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    prog_ids: u64,
+    prog_cnt: u32,
+    zero: u32,
+}
+
+#[repr(C)]
+struct Pathname {
+    pathname: u64,
+    fd: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+struct Info {
+    fd: RawFd,
+    len: u32,
+    info: u64,
+}
+
+/// `attr` must be laid out as the command wants it; pointers in it must be valid for what the command does with them.
+unsafe fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<i32> {
+    // SAFETY: the caller's.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { i32::try_from(result).map_err(io::Error::other) }
+}
+
+/// The ids of the programs that are attached to a cgroup itself, at any hook of ours.
+pub fn programs_of(cgroup: &Path) -> Result<Vec<u32>> {
+    let directory = File::open(cgroup).with_context(|| format!("opening {}", cgroup.display()))?;
+    let mut found = Vec::new();
+    for hook in HOOKS {
+        let mut ids = vec![0_u32; PROGRAMS_MAX as usize];
+        let mut query = Query {
+            target_fd: directory.as_raw_fd(),
+            attach_type: hook,
+            query_flags: 0,
+            attach_flags: 0,
+            prog_ids: ids.as_mut_ptr() as u64,
+            prog_cnt: PROGRAMS_MAX,
+            zero: 0,
+        };
+        // SAFETY: `ids` has room for as many as are said, and lives longer than the call.
+        unsafe { bpf(PROG_QUERY, &mut query) }
+            .with_context(|| format!("asking for the programs of {}", cgroup.display()))?;
+        ids.truncate(query.prog_cnt as usize);
+        found.append(&mut ids);
+    }
+    Ok(found)
+}
+
+/// The id of a pinned map.
+pub fn pinned_map_id(path: &Path) -> Result<u32> {
+    let context = || format!("opening the pinned map {}", path.display());
+    let name = CString::new(path.as_os_str().as_bytes()).with_context(context)?;
+    let mut attr = Pathname { pathname: name.as_ptr() as u64, fd: 0, flags: 0 };
+    // SAFETY: the path ends in a zero byte and lives longer than the call.
+    let fd = unsafe { bpf(OBJ_GET, &mut attr) }.with_context(context)?;
+    // SAFETY: the kernel just gave us this descriptor.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // `struct bpf_map_info` begins with type and id.
+    let mut info = [0_u32; 2];
+    let mut attr = Info { fd: fd.as_raw_fd(), len: 8, info: info.as_mut_ptr() as u64 };
+    // SAFETY: `info` has the eight bytes that are said, and lives longer than the call.
+    unsafe { bpf(OBJ_GET_INFO_BY_FD, &mut attr) }.with_context(context)?;
+    let [_, id] = info;
+    Ok(id)
+}
+
+/// Whether a map exists, pinned or not.
+pub fn map_exists(id: u32) -> Result<bool> {
+    exists(MAP_GET_FD_BY_ID, id)
+}
+
+/// Whether a program exists, attached or not.
+pub fn program_exists(id: u32) -> Result<bool> {
+    exists(PROG_GET_FD_BY_ID, id)
+}
+
+fn exists(command: libc::c_int, id: u32) -> Result<bool> {
+    let mut attr = [id, 0, 0];
+    // SAFETY: three words: the id, where to go on, flags.
+    match unsafe { bpf(command, &mut attr) } {
+        Ok(fd) => {
+            // SAFETY: the kernel just gave us this descriptor.
+            drop(unsafe { OwnedFd::from_raw_fd(fd) });
+            Ok(true)
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error).context("asking for a BPF object by its id"),
+    }
+}
