@@ -14,9 +14,11 @@ use serde::Serialize;
 pub use explain::{Destination, Explanation, explain};
 pub use plan::{Plan, plan};
 
-/// `ip:port` or `[v6]:port`, in the order given: sets are sorted already.
+/// `ip:port` or `[v6]:port`, sorted as the texts that they are: what a program that reads JSON can check.
 fn texts(set: &[SocketAddr]) -> Vec<String> {
-    set.iter().map(SocketAddr::to_string).collect()
+    let mut texts: Vec<String> = set.iter().map(SocketAddr::to_string).collect();
+    texts.sort();
+    texts
 }
 
 /// A frontend with its protocol.

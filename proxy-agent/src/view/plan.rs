@@ -82,6 +82,13 @@ pub struct PlannedEndpoint {
     pub reason: String,
 }
 
+impl PlannedPort {
+    /// The order of the document: texts, as in every list of it.
+    fn key(&self) -> (&str, &str, &str, &str, &str) {
+        (&self.namespace, &self.name, &self.port_name, self.protocol, self.family)
+    }
+}
+
 /// The plan of a model.
 pub fn plan(model: &Model) -> Plan {
     plan_of(model, &Wanted::of(model))
@@ -90,36 +97,42 @@ pub fn plan(model: &Model) -> Plan {
 /// The same where everything is resolved already.
 pub fn plan_of(model: &Model, wanted: &Wanted) -> Plan {
     let problems: BTreeSet<Problem> = model.problems().into_iter().chain(wanted.problems()).collect();
-    Plan {
-        services: wanted.all().map(|resolved| planned(resolved, wanted.claims())).collect(),
-        problems: problems.into_iter().collect(),
-    }
+    let mut services: Vec<PlannedPort> =
+        wanted.all().map(|resolved| planned(resolved, wanted.claims())).collect();
+    services.sort_by(|a, b| a.key().cmp(&b.key()));
+    Plan { services, problems: problems.into_iter().collect() }
 }
 
 fn planned(resolved: &Resolved, claims: &Claims) -> PlannedPort {
+    let mut frontends: Vec<FrontendView> = claims
+        .won(resolved)
+        .map(|frontend| FrontendView {
+            address: frontend.address.to_string(),
+            port: frontend.port,
+            protocol: None,
+            kind: frontend.kind.name(),
+        })
+        .collect();
+    frontends.sort_by(|a, b| (&a.address, a.port).cmp(&(&b.address, b.port)));
+    let mut source_ranges: Vec<String> = resolved.source_ranges.iter().map(ToString::to_string).collect();
+    source_ranges.sort();
+    let mut endpoints: Vec<PlannedEndpoint> = resolved.endpoints.iter().map(PlannedEndpoint::from).collect();
+    endpoints.sort_by(|a, b| (&a.address, a.port).cmp(&(&b.address, b.port)));
     PlannedPort {
         namespace: resolved.key.service.namespace.clone(),
         name: resolved.key.service.name.clone(),
         port_name: resolved.key.port_name.clone(),
         protocol: resolved.key.protocol.name(),
         family: resolved.key.family.name(),
-        frontends: claims
-            .won(resolved)
-            .map(|frontend| FrontendView {
-                address: frontend.address.to_string(),
-                port: frontend.port,
-                protocol: None,
-                kind: frontend.kind.name(),
-            })
-            .collect(),
+        frontends,
         cluster_set: resolved.cluster_set.as_deref().map(texts),
         local_set: resolved.local_set.as_deref().map(texts),
         has_any_endpoints: resolved.has_any_endpoints,
         session_affinity_seconds: resolved.affinity_timeout_s,
-        source_ranges: resolved.source_ranges.iter().map(ToString::to_string).collect(),
+        source_ranges,
         health_check_node_port: resolved.health_check_node_port,
         local_ready_endpoints: resolved.local_ready_endpoints,
-        endpoints: resolved.endpoints.iter().map(PlannedEndpoint::from).collect(),
+        endpoints,
     }
 }
 

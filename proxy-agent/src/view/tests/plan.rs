@@ -62,8 +62,8 @@ fn every_field_filled() {
         json!({
             "namespace": "ns", "name": "svc", "port_name": "http", "protocol": "TCP", "family": "IPv6",
             "frontends": [
-                {"address": "2001:db8::1", "port": 30080, "kind": "NodePort"},
                 {"address": "2001:db8:113::1", "port": 80, "kind": "LoadBalancer"},
+                {"address": "2001:db8::1", "port": 30080, "kind": "NodePort"},
                 {"address": "fd00:96::7", "port": 80, "kind": "ClusterIP"},
             ],
             "cluster_set": [], "local_set": [], "has_any_endpoints": false,
