@@ -12,7 +12,7 @@ use crate::dataplane::bpf::Kernel;
 use crate::dataplane::{Dataplane, Limits};
 use crate::kernel::{self, Loaded, Pins, Settings};
 use crate::model::{Model, OwnAddresses};
-use crate::object::{Change, Delta, ObjectKey, Problem, Read};
+use crate::object::{Batch, Change, Delta, ObjectKey, Problem, Read};
 use crate::reconcile::{self, REST_MS, Reconciler, Report, WantedPort, WantedService};
 use crate::resolve::Policy;
 use crate::status::Status;
@@ -101,7 +101,7 @@ impl Agent {
     /// If the programs cannot be attached after the first sync.
     pub async fn run(
         mut self,
-        mut changes: UnboundedReceiver<Change>,
+        mut changes: UnboundedReceiver<Batch>,
         mut questions: Receiver<Question>,
         stop: impl Future<Output = ()>,
     ) -> Result<(), kernel::Error> {
@@ -110,12 +110,12 @@ impl Agent {
             let wake = self.wake();
             tokio::select! {
                 () = &mut stop => return Ok(()),
-                change = changes.recv() => {
-                    let Some(change) = change else { return Ok(()) };
-                    self.take(change);
+                batch = changes.recv() => {
+                    let Some(batch) = batch else { return Ok(()) };
+                    self.take(batch);
                     // Changes that gathered while the last sync ran go together.
-                    while let Ok(change) = changes.try_recv() {
-                        self.take(change);
+                    while let Ok(batch) = changes.try_recv() {
+                        self.take(batch);
                     }
                     self.sync()?;
                 }
@@ -125,9 +125,11 @@ impl Agent {
         }
     }
 
-    fn take(&mut self, change: Change) {
-        self.told.change(&change);
-        self.model.apply(change);
+    fn take(&mut self, batch: Batch) {
+        for change in batch {
+            self.told.change(&change);
+            self.model.apply(change);
+        }
     }
 
     /// Time until something must be done without any event.

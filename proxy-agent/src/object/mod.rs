@@ -260,6 +260,9 @@ pub enum Change {
     OwnAddresses(Vec<IpAddr>),
 }
 
+/// Changes that happened together: no state between them was ever wanted (E11, S13), so none is programmed.
+pub type Batch = Vec<Change>;
+
 /// Labels or annotations.
 pub type Labels = BTreeMap<String, String>;
 

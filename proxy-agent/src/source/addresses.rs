@@ -17,7 +17,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::warn;
 
-use crate::object::Change;
+use crate::object::{Batch, Change};
 
 /// Pods that come and go make notices by the hundred; reading all interfaces for each would be wasted.
 const REST: Duration = Duration::from_millis(20);
@@ -48,11 +48,11 @@ fn ip(address: &SockaddrStorage) -> Option<IpAddr> {
 }
 
 /// Sends all addresses, then again whenever they differ, until `tx` is closed.
-pub async fn run(tx: UnboundedSender<Change>) -> Result<(), Error> {
+pub async fn run(tx: UnboundedSender<Batch>) -> Result<(), Error> {
     // Listen first, read then: a change in between is read twice rather than missed.
     let notices = notices().map_err(Error::Notices)?;
     let mut last = read().map_err(Error::List)?;
-    if tx.send(Change::OwnAddresses(last.clone())).is_err() {
+    if tx.send(vec![Change::OwnAddresses(last.clone())]).is_err() {
         return Ok(());
     }
     loop {
@@ -63,7 +63,7 @@ pub async fn run(tx: UnboundedSender<Change>) -> Result<(), Error> {
         match read() {
             Ok(addresses) if addresses == last => {}
             Ok(addresses) => {
-                if tx.send(Change::OwnAddresses(addresses.clone())).is_err() {
+                if tx.send(vec![Change::OwnAddresses(addresses.clone())]).is_err() {
                     return Ok(());
                 }
                 last = addresses;
@@ -146,15 +146,15 @@ mod tests {
                         .expect("no change")
                         .unwrap()
                 };
-                assert_eq!(next().await, Change::OwnAddresses(vec![]));
+                assert_eq!(next().await, [Change::OwnAddresses(vec![])]);
                 assert!(ip("link set lo up").success());
                 assert!(ip("addr add 192.0.2.1/32 dev lo").success());
-                assert_eq!(next().await, Change::OwnAddresses(vec!["192.0.2.1".parse().unwrap()]));
+                assert_eq!(next().await, [Change::OwnAddresses(vec!["192.0.2.1".parse().unwrap()])]);
                 assert!(ip("addr add 2001:db8::1/128 dev lo nodad").success());
                 let both = vec!["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()];
-                assert_eq!(next().await, Change::OwnAddresses(both));
+                assert_eq!(next().await, [Change::OwnAddresses(both)]);
                 assert!(ip("addr del 192.0.2.1/32 dev lo").success());
-                assert_eq!(next().await, Change::OwnAddresses(vec!["2001:db8::1".parse().unwrap()]));
+                assert_eq!(next().await, [Change::OwnAddresses(vec!["2001:db8::1".parse().unwrap()])]);
                 drop(rx);
                 task.await.unwrap().unwrap();
             });

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use tokio::sync::{mpsc, oneshot};
 
-use crate::object::Change;
+use crate::object::{Batch, Change};
 
 /// Why manifests cannot be followed at all. Errors in single files are reported as problems.
 #[derive(Debug, thiserror::Error)]
@@ -52,7 +52,7 @@ pub fn load(dir: &Path) -> Result<Vec<Change>, Error> {
 
 /// Sends complete lists, then changes as they happen, until `tx` is closed. A thread of its own does the reading: a
 /// huge file must not hold up what else the runtime does. Dropping the future ends the thread.
-pub async fn run(dir: PathBuf, node_name: String, tx: mpsc::UnboundedSender<Change>) -> Result<(), Error> {
+pub async fn run(dir: PathBuf, node_name: String, tx: mpsc::UnboundedSender<Batch>) -> Result<(), Error> {
     let (keep, stop) = UnixStream::pair().map_err(Error::Thread)?;
     let (result, done) = oneshot::channel();
     std::thread::Builder::new()

@@ -18,7 +18,7 @@ use tracing::{debug, error, info, warn};
 use super::Error;
 use super::document::{Broken, Parsed, parse};
 use super::store::Store;
-use crate::object::{Change, Delta};
+use crate::object::{Batch, Change, Delta};
 
 /// Larger files are named and not read: their objects as values would take some twenty times as much memory.
 const MAX_FILE_BYTES: u64 = 64 << 20;
@@ -248,7 +248,7 @@ impl Watch {
 pub(super) fn follow(
     dir: &Path,
     node_name: &str,
-    tx: &UnboundedSender<Change>,
+    tx: &UnboundedSender<Batch>,
     stop: &UnixStream,
 ) -> Result<(), Error> {
     let failed = |source| Error::Watch { dir: dir.to_owned(), source };
@@ -338,8 +338,8 @@ fn wait(watch: &Watch, stop: Option<&UnixStream>, timeout: PollTimeout) -> io::R
 }
 
 /// False if nobody listens any more.
-fn send(tx: &UnboundedSender<Change>, changes: Vec<Change>) -> bool {
-    changes.into_iter().all(|change| tx.send(change).is_ok())
+fn send(tx: &UnboundedSender<Batch>, changes: Batch) -> bool {
+    changes.is_empty() || tx.send(changes).is_ok()
 }
 
 /// O4: a wrong name makes every endpoint remote.

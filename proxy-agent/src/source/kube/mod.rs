@@ -20,7 +20,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use tracing::{debug, error, info, warn};
 
 use self::checked::{Checked, Slim};
-use crate::object::{Change, Delta, Node, Read, Service, Slice};
+use crate::object::{Batch, Change, Delta, Node, Read, Service, Slice};
 
 /// How to reach the API server. Names as kube-proxy's flags.
 #[derive(Clone, Debug, Default)]
@@ -93,7 +93,7 @@ pub async fn client(options: &KubeOptions) -> Result<Client, Error> {
 }
 
 /// Sends complete lists, then changes, until `tx` is closed. Errors are logged and tried again for ever.
-pub async fn run(client: Client, node_name: String, tx: UnboundedSender<Change>) {
+pub async fn run(client: Client, node_name: String, tx: UnboundedSender<Batch>) {
     // S3.
     let services = watcher::Config::default()
         .labels("!service.kubernetes.io/service-proxy-name")
@@ -101,12 +101,13 @@ pub async fn run(client: Client, node_name: String, tx: UnboundedSender<Change>)
     let slices = watcher::Config::default().labels("!service.kubernetes.io/headless");
     let nodes = watcher::Config::default().fields(&format!("metadata.name={node_name}"));
 
-    let services = follow::<Service>(&client, services, |delta| tx.send(Change::Service(delta)).is_ok());
-    let slices = follow::<Slice>(&client, slices, |delta| tx.send(Change::Slice(delta)).is_ok());
+    let services =
+        follow::<Service>(&client, services, |delta| tx.send(vec![Change::Service(delta)]).is_ok());
+    let slices = follow::<Slice>(&client, slices, |delta| tx.send(vec![Change::Slice(delta)]).is_ok());
     let nodes = async {
         if node_name.is_empty() {
             // Its lists must be complete, too.
-            let _ = tx.send(Change::Node(Delta::List(Vec::new())));
+            let _ = tx.send(vec![Change::Node(Delta::List(Vec::new()))]);
             return;
         }
         let mut last = None;
@@ -125,7 +126,7 @@ pub async fn run(client: Client, node_name: String, tx: UnboundedSender<Change>)
                 return !tx.is_closed();
             }
             last = Some(present);
-            tx.send(Change::Node(delta)).is_ok()
+            tx.send(vec![Change::Node(delta)]).is_ok()
         })
         .await;
     };

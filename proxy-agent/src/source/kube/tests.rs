@@ -78,7 +78,7 @@ fn event(kind: &str, object: Value) -> Value {
 
 struct Run {
     server: Shared,
-    rx: mpsc::UnboundedReceiver<Change>,
+    rx: mpsc::UnboundedReceiver<Batch>,
 }
 
 impl Run {
@@ -91,7 +91,10 @@ impl Run {
 
     /// The next change; `None` if none comes within an hour (of paused time).
     async fn next(&mut self) -> Option<Change> {
-        tokio::time::timeout(Duration::from_secs(3600), self.rx.recv()).await.ok().flatten()
+        // A watch event is a batch of one.
+        let batch = tokio::time::timeout(Duration::from_secs(3600), self.rx.recv()).await.ok().flatten()?;
+        let [change]: [Change; 1] = batch.try_into().unwrap();
+        Some(change)
     }
 
     async fn next_service(&mut self) -> String {
