@@ -4,47 +4,39 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 
-use proxy_common::abi::{ServiceId, SetWord};
+use proxy_common::abi::{BackendId, ServiceId, SetWord};
 
-use super::Reconciler;
 use super::pool::{Places, Runs};
 use super::port::{Member, PortState, Run, SETS};
+use super::{Reconciler, References};
 use crate::dataplane::{Dataplane, RecordWord};
 
 impl Reconciler {
-    /// Reads the tables. A record that makes no sense is not adopted; its frontends are pointed elsewhere by the first
-    /// sync.
+    /// Reads the tables. A record that makes no sense is not adopted: the first sync points its frontends elsewhere, and
+    /// then it goes like any other that nobody wants.
     ///
     /// # Errors
     /// If `FRONTENDS` cannot be read.
     pub fn adopt(dataplane: &impl Dataplane) -> io::Result<Self> {
         let limits = dataplane.limits();
         let frontends: BTreeMap<_, _> = dataplane.frontends()?.into_iter().collect();
-        let mut references: BTreeMap<ServiceId, u32> = BTreeMap::new();
-        for value in frontends.values() {
-            *references.entry(value.service()).or_default() += 1;
-        }
-        let mut adopted: BTreeMap<ServiceId, PortState> = BTreeMap::new();
-        let mut used_runs: BTreeMap<u32, u32> = BTreeMap::new();
-        let mut used_backends = BTreeSet::new();
-        for id in references.keys().copied() {
-            let state = read(dataplane, id);
-            let fits = state.as_ref().is_some_and(|state| {
-                state.runs.iter().all(|run| run.ids.is_empty() || is_free(&used_runs, run))
-                    && backends(state).all(|place| !used_backends.contains(&place))
-            });
-            let Some(state) = state.filter(|_| fits) else {
+        let references = References::of(frontends.values().copied());
+        // An id out of range names no record; place 0 is never given out.
+        let ids: BTreeSet<ServiceId> =
+            references.keys().copied().filter(|id| (1..limits.services).contains(id)).collect();
+        let (mut adopted, mut retired) = (BTreeMap::new(), Vec::new());
+        let mut used = Used::default();
+        for id in ids.iter().copied() {
+            let mut state = PortState::new(id, dataplane.record(id));
+            if used.read(dataplane, &mut state) {
+                adopted.insert(id, state);
+            } else {
                 tracing::warn!(
                     service_id = id,
                     "a service record in the kernel makes no sense; it is replaced"
                 );
-                continue;
-            };
-            for run in state.runs.iter().filter(|run| !run.ids.is_empty()) {
-                used_runs.insert(run.first, run.len());
+                retired.push((0, state));
             }
-            used_backends.extend(backends(&state));
-            adopted.insert(id, state);
         }
         for (key, value) in &frontends {
             if let Some(state) = adopted.get_mut(&value.service()) {
@@ -59,65 +51,74 @@ impl Reconciler {
             limits,
             ports: BTreeMap::new(),
             adopted,
-            retired: Vec::new(),
-            service_ids: Places::adopt(limits.services, &references.keys().copied().collect()),
+            retired,
+            service_ids: Places::adopt(limits.services, &ids),
             frontends,
             references,
-            backend_places: Places::adopt(limits.backends, &used_backends),
+            astray: BTreeMap::new(),
+            withdrawing: BTreeSet::new(),
+            backend_places: Places::adopt(limits.backends, &used.backends),
             generations,
-            slots: Runs::adopt(limits.slots, &used_runs),
+            slots: Runs::adopt(limits.slots, &used.runs),
             lost_track: false,
         })
     }
 }
 
-fn read(dataplane: &impl Dataplane, id: ServiceId) -> Option<PortState> {
-    let limits = dataplane.limits();
-    if id == 0 || id >= limits.services {
-        return None;
-    }
-    let record = dataplane.record(id);
-    let mut state = PortState::new(id, record);
-    for (word, to) in SETS.into_iter().zip(&mut state.runs) {
-        let set = SetWord::from_bits(word.read(&record));
-        let end = set.first().checked_add(set.count())?;
-        if end > limits.slots {
-            return None;
-        }
-        let run =
-            Run { first: set.first(), ids: (set.first()..end).map(|index| dataplane.slot(index)).collect() };
-        for backend_id in &run.ids {
-            let backend = dataplane.backend(backend_id.index());
-            if !backend.is(*backend_id) {
-                return None;
+/// Places that adopted records use. No two of them may share one.
+#[derive(Default)]
+struct Used {
+    /// First slot → length.
+    runs: BTreeMap<u32, u32>,
+    backends: BTreeSet<u32>,
+}
+
+impl Used {
+    /// Fills in what a record points to. False if that makes no sense; then `state` has the part that does, so that
+    /// nobody else gets those places while frontends still point to it.
+    fn read(&mut self, dataplane: &impl Dataplane, state: &mut PortState) -> bool {
+        let limits = dataplane.limits();
+        let mut makes_sense = true;
+        let mut own = BTreeSet::new();
+        for (index, word) in SETS.into_iter().enumerate() {
+            let set = SetWord::from_bits(word.read(&state.record));
+            let end = set.first().saturating_add(set.count());
+            if set.count() == 0 {
+                continue;
             }
-            let address = SocketAddr::new(backend.address.ip(), backend.port.number());
-            let member = Member { id: *backend_id, state: backend.state() };
-            let known = match word {
-                RecordWord::Draining => state.drained.insert(address, member),
-                RecordWord::Cluster | RecordWord::Local | RecordWord::Affinity => {
-                    state.members.insert(address, member)
+            if end > limits.slots || !self.is_free(set) {
+                makes_sense = false;
+                continue;
+            }
+            self.runs.insert(set.first(), set.count());
+            let ids: Vec<BackendId> = (set.first()..end).map(|slot| dataplane.slot(slot)).collect();
+            makes_sense &= ids.is_sorted();
+            for id in &ids {
+                let backend = dataplane.backend(id.index());
+                if !backend.is(*id) || self.backends.contains(&id.index()) {
+                    makes_sense = false;
+                    continue;
                 }
-            };
-            if known.is_some_and(|known| known != member) {
-                return None;
+                own.insert(id.index());
+                let address = SocketAddr::new(backend.address.ip(), backend.port.number());
+                let member = Member { id: *id, state: backend.state() };
+                let to = if word == RecordWord::Draining { &mut state.drained } else { &mut state.members };
+                // Two for one address: a set that is on its way out may lead to an older one. Either may stay.
+                if to.entry(address).or_insert(member).id != *id {
+                    state.held.insert(*id, (address, member.state));
+                }
+            }
+            if let Some(run) = state.runs.get_mut(index) {
+                *run = Run { first: set.first(), ids };
             }
         }
-        if run.ids.is_sorted() {
-            *to = run
-        } else {
-            return None;
-        };
+        self.backends.append(&mut own);
+        makes_sense
     }
-    Some(state)
-}
 
-fn backends(state: &PortState) -> impl Iterator<Item = u32> {
-    state.members.values().chain(state.drained.values()).map(|member| member.id.index())
-}
-
-fn is_free(used: &BTreeMap<u32, u32>, run: &Run) -> bool {
-    let end = run.first + run.len();
-    let before = used.range(..end).next_back();
-    before.is_none_or(|(first, length)| first + length <= run.first)
+    fn is_free(&self, set: SetWord) -> bool {
+        let end = set.first().saturating_add(set.count());
+        let before = self.runs.range(..end).next_back();
+        before.is_none_or(|(first, length)| first.saturating_add(*length) <= set.first())
+    }
 }

@@ -80,10 +80,9 @@ impl Reconciler {
             vacant.map(|(index, generation)| Write::Backend { index, value: Backend::vacant(*generation) });
         let mut writes: Vec<Write> = vacant.collect();
         for state in states() {
-            let members = state.members.iter().chain(&state.drained);
-            writes.extend(members.map(|(address, member)| Write::Backend {
-                index: member.id.index(),
-                value: super::port::backend(*address, member.state, member.id),
+            writes.extend(state.tenants().into_iter().map(|(id, (address, state))| Write::Backend {
+                index: id.index(),
+                value: super::port::backend(address, state, id),
             }));
             for run in &state.runs {
                 writes.extend(

@@ -4,7 +4,8 @@
 //! 2. The set words of each record: the commit. A new record is complete before step 3.
 //! 3. Frontends, new and re-pointed: a frontend that changes hands is never missing (S13).
 //! 4. Frontends that nobody wants any more.
-//! 5. What nothing points to any more rests, and is used again later.
+//! 5. Sets that a record no longer uses, once no frontend asks for them.
+//! 6. What nothing points to any more rests, and is used again later.
 //!
 //! Only what succeeded is remembered, so a failed write is found again by the next comparison. One Service's failure
 //! does not hold up others (Q5).
@@ -13,12 +14,14 @@ mod adopt;
 mod grow;
 mod pool;
 mod port;
+#[cfg(test)]
+mod tests;
 mod wanted;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
-use proxy_common::abi::{FrontendKey, FrontendValue, ServiceId};
+use proxy_common::abi::{FrontendKey, FrontendValue, Origin, ServiceId, WhichSet};
 
 use crate::dataplane::{Dataplane, Limits, Write};
 use crate::object::ObjectKey;
@@ -102,6 +105,37 @@ pub struct Report {
     pub failed: Vec<(ServicePortKey, Error)>,
 }
 
+/// How many frontends point to a record.
+#[derive(Debug, Default)]
+struct References {
+    frontends: u32,
+    /// Those of them that ask for the cluster set for some origin.
+    cluster: u32,
+    /// The same for the local set.
+    local: u32,
+}
+
+impl References {
+    fn of(values: impl Iterator<Item = FrontendValue>) -> BTreeMap<ServiceId, Self> {
+        let mut references: BTreeMap<ServiceId, Self> = BTreeMap::new();
+        for value in values {
+            references.entry(value.service()).or_default().count(value, |count| *count += 1);
+        }
+        references
+    }
+
+    fn count(&mut self, value: FrontendValue, change: impl Fn(&mut u32)) {
+        change(&mut self.frontends);
+        let asks_for = |which| Origin::ALL.into_iter().any(|origin| value.set_for(origin) == which);
+        if asks_for(WhichSet::Cluster) {
+            change(&mut self.cluster);
+        }
+        if asks_for(WhichSet::Local) {
+            change(&mut self.local);
+        }
+    }
+}
+
 /// The single writer of the agent-owned maps.
 #[derive(Debug)]
 pub struct Reconciler {
@@ -113,8 +147,12 @@ pub struct Reconciler {
     retired: Vec<(u64, PortState)>,
     /// `FRONTENDS` as written.
     frontends: BTreeMap<FrontendKey, FrontendValue>,
-    /// How many frontends point to a record.
-    references: BTreeMap<ServiceId, u32>,
+    /// What points to a record.
+    references: BTreeMap<ServiceId, References>,
+    /// Frontends that a failed service port wants and that point elsewhere still: nobody else remembers them if it goes.
+    astray: BTreeMap<FrontendKey, ServicePortKey>,
+    /// Service ports with a set that they no longer use and that a frontend still asked for when last looked at.
+    withdrawing: BTreeSet<ServicePortKey>,
     service_ids: Places,
     backend_places: Places,
     /// Last generation of each backend place.
@@ -135,8 +173,12 @@ impl Reconciler {
         now_ms: u64,
     ) -> Report {
         let mut report = Report::default();
-        // Frontends that may have lost their owner.
-        let mut orphans: BTreeMap<FrontendKey, ServiceId> = BTreeMap::new();
+        // Frontends that may have lost their owner, and where they pointed.
+        let mut orphans: BTreeSet<(FrontendKey, ServiceId)> = BTreeSet::new();
+        for (key, _) in self.take_astray(wanted, full) {
+            orphans.extend(self.frontends.get(&key).map(|value| (key, value.service())));
+        }
+        let claims = self.claims_on_adopted(wanted);
         let mut kept: BTreeSet<FrontendKey> = BTreeSet::new();
 
         for key in self.gone(wanted, full) {
@@ -148,7 +190,7 @@ impl Reconciler {
         let mut upserts: Vec<(&ServicePortKey, FrontendKey, FrontendValue)> = Vec::new();
         for port in wanted.iter().flat_map(|service| &service.ports).filter(|port| !port.frontends.is_empty())
         {
-            let mut state = self.claim(port, dataplane, now_ms);
+            let mut state = self.claim(port, &claims, dataplane, now_ms);
             let result = match &mut state {
                 Ok(state) => self.commit(state, port, dataplane, now_ms, &mut report.writes),
                 Err(_) => Ok(()),
@@ -162,6 +204,9 @@ impl Reconciler {
                             upserts.push((&port.key, *key, value.with_service(state.id)));
                         }
                     }
+                    if state.is_withdrawing() {
+                        self.withdrawing.insert(port.key.clone());
+                    }
                     self.ports.insert(port.key.clone(), state);
                     result.err()
                 }
@@ -170,6 +215,7 @@ impl Reconciler {
             if let Some(error) = error {
                 // Not programmed as wanted: what the frontends point to now is the best there is.
                 kept.extend(port.frontends.iter().map(|(key, _)| *key));
+                self.astray.extend(port.frontends.iter().map(|(key, _)| (*key, port.key.clone())));
                 report.failed.push((port.key.clone(), error));
             }
         }
@@ -186,6 +232,7 @@ impl Reconciler {
         let mut failures = dataplane.apply(&writes).into_iter().peekable();
         for (index, (port, key, value)) in stale.iter().enumerate() {
             if let Some(failure) = failures.next_if(|failure| failure.index == index) {
+                self.astray.insert(*key, (*port).clone());
                 report.failed.push(((*port).clone(), self.write_error(failure.error)));
             } else {
                 report.writes += 1;
@@ -224,13 +271,22 @@ impl Reconciler {
         report
     }
 
-    /// Frees what has been retired and has rested; returns the number of writes. Call it again while
-    /// [`Self::has_leftovers`].
+    /// Withdraws sets that nothing asks for any more, and frees what has been retired and has rested; returns the number
+    /// of writes. Call it again while [`Self::has_leftovers`].
     pub fn rest(&mut self, dataplane: &mut impl Dataplane, now_ms: u64) -> usize {
         let mut writes = 0;
+        for key in std::mem::take(&mut self.withdrawing) {
+            let Some(mut state) = self.ports.remove(&key) else { continue };
+            writes += self.withdraw(&mut state, dataplane, now_ms);
+            if state.is_withdrawing() {
+                self.withdrawing.insert(key.clone());
+            }
+            self.ports.insert(key, state);
+        }
         for (retired_ms, state) in std::mem::take(&mut self.retired) {
-            let referenced = self.references.contains_key(&state.id);
-            if referenced || now_ms.saturating_sub(retired_ms) < REST_MS {
+            // The rest begins when the last frontend has gone.
+            let retired_ms = if self.references.contains_key(&state.id) { now_ms } else { retired_ms };
+            if now_ms.saturating_sub(retired_ms) < REST_MS {
                 self.retired.push((retired_ms, state));
             } else {
                 writes += self.free(state, dataplane, now_ms);
@@ -239,9 +295,9 @@ impl Reconciler {
         writes
     }
 
-    /// Whether retired records still wait.
+    /// Whether retired records or sets still wait.
     pub fn has_leftovers(&self) -> bool {
-        !self.retired.is_empty()
+        !self.retired.is_empty() || !self.withdrawing.is_empty()
     }
 
     /// Whether a frontend that nobody wants is still written: only a full sync finds it again.
@@ -269,6 +325,12 @@ impl Reconciler {
         self.adopted.values().map(|state| state.frontends.len()).sum()
     }
 
+    /// How many service ids, backend places and slots are given out and neither free nor resting.
+    #[cfg(test)]
+    fn in_use(&self) -> [usize; 3] {
+        [self.service_ids.in_use(), self.backend_places.in_use(), self.slots.in_use(self.limits.slots)]
+    }
+
     /// Service ports that are programmed but no longer wanted.
     fn gone(&self, wanted: &[WantedService], full: bool) -> Vec<ServicePortKey> {
         let wanted_ports: BTreeSet<&ServicePortKey> = wanted
@@ -289,17 +351,43 @@ impl Reconciler {
         wanted.iter().flat_map(of_service).filter(is_gone).cloned().collect()
     }
 
+    /// Frontends that failed service ports wanted, of the Services that are named now.
+    fn take_astray(
+        &mut self,
+        wanted: &[WantedService],
+        full: bool,
+    ) -> impl Iterator<Item = (FrontendKey, ServicePortKey)> + use<> {
+        let named: BTreeSet<&ObjectKey> = wanted.iter().map(|service| &service.key).collect();
+        let taken = std::mem::take(&mut self.astray);
+        let (taken, left) = taken.into_iter().partition(|(_, port)| full || named.contains(&port.service));
+        self.astray = left;
+        BTreeMap::into_iter(taken)
+    }
+
+    /// Who wants the frontends that point to adopted records.
+    fn claims_on_adopted(&self, wanted: &[WantedService]) -> BTreeMap<FrontendKey, ServicePortKey> {
+        let adopted = |key: &FrontendKey| {
+            self.frontends.get(key).is_some_and(|value| self.adopted.contains_key(&value.service()))
+        };
+        let ports = wanted.iter().flat_map(|service| &service.ports).filter(|_| !self.adopted.is_empty());
+        ports
+            .flat_map(|port| port.frontends.iter().map(|(key, _)| (*key, &port.key)))
+            .filter(|(key, _)| adopted(key))
+            .map(|(key, port)| (key, port.clone()))
+            .collect()
+    }
+
     fn point(&mut self, key: FrontendKey, value: FrontendValue) {
         self.unpoint(&key);
         self.frontends.insert(key, value);
-        *self.references.entry(value.service()).or_default() += 1;
+        self.references.entry(value.service()).or_default().count(value, |count| *count += 1);
     }
 
     fn unpoint(&mut self, key: &FrontendKey) {
         let Some(old) = self.frontends.remove(key) else { return };
-        if let Some(count) = self.references.get_mut(&old.service()) {
-            *count -= 1;
-            if *count == 0 {
+        if let Some(references) = self.references.get_mut(&old.service()) {
+            references.count(old, |count| *count -= 1);
+            if references.frontends == 0 {
                 self.references.remove(&old.service());
             }
         }

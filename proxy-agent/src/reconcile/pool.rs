@@ -60,6 +60,12 @@ impl Places {
     pub(super) fn give_unseen(&mut self, place: u32) {
         self.free.insert(place);
     }
+
+    /// How many are given out.
+    #[cfg(test)]
+    pub(super) fn in_use(&self) -> usize {
+        self.next as usize - 1 - self.free.len() - self.resting.len()
+    }
 }
 
 /// Runs of places: slots.
@@ -125,6 +131,13 @@ impl Runs {
     /// Gives a run back that no reader has ever seen.
     pub(super) fn give_unseen(&mut self, first: u32, length: u32) {
         self.insert(first, length);
+    }
+
+    /// How many places of `0..limit` are given out.
+    #[cfg(test)]
+    pub(super) fn in_use(&self, limit: u32) -> usize {
+        let free: u32 = self.free.values().chain(self.resting.iter().map(|(_, _, length)| length)).sum();
+        limit as usize - free as usize
     }
 
     fn insert(&mut self, mut first: u32, mut length: u32) {

@@ -4,12 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use proxy_common::abi::{
-    AffinityWord, Backend, BackendId, BackendState, FrontendKey, Port, ServiceId, ServiceRecord, SetWord,
-    WhenEmpty,
+    AffinityWord, Backend, BackendId, BackendState, FrontendKey, FrontendValue, Port, ServiceId,
+    ServiceRecord, SetWord, WhenEmpty,
 };
 
 use super::{Error, Reconciler, Table, WantedPort};
 use crate::dataplane::{Dataplane, RecordWord, Write};
+use crate::resolve::ServicePortKey;
 
 /// What is written for one service port.
 #[derive(Debug)]
@@ -24,6 +25,11 @@ pub(super) struct PortState {
     /// Backends that left both sets and still serve. One that comes back to a set gets a new id there, so that affinity
     /// does not draw its old clients back (A4), while datagram flows stay with the old one (C2).
     pub(super) drained: BTreeMap<SocketAddr, Member>,
+    /// Which of [`SETS`] the service port no longer uses. The word stays until no frontend asks for it: before that, it
+    /// would be missing.
+    pub(super) withdrawn: [bool; 3],
+    /// Backends that only words as they are written may still lead to.
+    pub(super) held: BTreeMap<BackendId, (SocketAddr, BackendState)>,
     /// Frontends that point here, or will.
     pub(super) frontends: BTreeSet<FrontendKey>,
 }
@@ -54,8 +60,16 @@ impl PortState {
             runs: Default::default(),
             members: BTreeMap::new(),
             drained: BTreeMap::new(),
+            withdrawn: [false; 3],
+            held: BTreeMap::new(),
             frontends: BTreeSet::new(),
         }
+    }
+
+    pub(super) fn is_withdrawing(&self) -> bool {
+        SETS.iter()
+            .zip(&self.withdrawn)
+            .any(|(word, withdrawn)| *withdrawn && word.read(&self.record) != SetWord::ABSENT.bits())
     }
 
     fn are_unsure(&mut self, changes: &[StateChange]) {
@@ -65,8 +79,41 @@ impl PortState {
         }
     }
 
-    fn backends(&self) -> BTreeSet<BackendId> {
-        self.members.values().chain(self.drained.values()).map(|member| member.id).collect()
+    /// All backends of this record.
+    pub(super) fn tenants(&self) -> BTreeMap<BackendId, (SocketAddr, BackendState)> {
+        let named = self.members.iter().chain(&self.drained);
+        let mut tenants = self.held.clone();
+        tenants.extend(named.map(|(address, member)| (member.id, (*address, member.state))));
+        tenants
+    }
+
+    /// Tells held backends which sets they are in still: affinity shall not lead to them from any other.
+    fn write_held(&mut self, dataplane: &mut impl Dataplane) -> usize {
+        let [cluster, local, _] = &self.runs;
+        let mut written = 0;
+        for (id, (address, state)) in &mut self.held {
+            let is_in = |run: &Run| run.ids.binary_search(id).is_ok();
+            let to = BackendState { cluster: is_in(cluster), local: is_in(local), serving: false };
+            let write = Write::Backend { index: id.index(), value: backend(*address, to, *id) };
+            // If it fails, the next commit finds it again.
+            if *state != to && dataplane.apply(&[write]).is_empty() {
+                *state = to;
+                written += 1;
+            }
+        }
+        written
+    }
+
+    /// Keeps those of `old` that are backends no more but that a set as written still leads to; returns the others.
+    fn hold(&mut self, mut old: BTreeMap<BackendId, (SocketAddr, BackendState)>) -> Vec<BackendId> {
+        self.held.clear();
+        for id in self.tenants().keys() {
+            old.remove(id);
+        }
+        let reached: BTreeSet<BackendId> = self.runs.iter().flat_map(|run| run.ids.iter().copied()).collect();
+        let (held, gone) = old.into_iter().partition(|(id, _)| reached.contains(id));
+        self.held = held;
+        BTreeMap::into_keys(gone).collect()
     }
 }
 
@@ -129,15 +176,19 @@ impl Reconciler {
     pub(super) fn claim(
         &mut self,
         port: &WantedPort,
+        claims: &BTreeMap<FrontendKey, ServicePortKey>,
         dataplane: &impl Dataplane,
         now_ms: u64,
     ) -> Result<PortState, Error> {
         if let Some(state) = self.ports.remove(&port.key) {
             return Ok(state);
         }
+        // A record that two service ports have frontends of is nobody's: the sets of either would be wrong for the other.
+        let is_mine = |key: &FrontendKey| claims.get(key).is_none_or(|claimant| *claimant == port.key);
         for (key, _) in &port.frontends {
-            if let Some(state) =
-                self.frontends.get(key).and_then(|value| self.adopted.remove(&value.service()))
+            let Some(id) = self.frontends.get(key).map(FrontendValue::service) else { continue };
+            if self.adopted.get(&id).is_some_and(|state| state.frontends.iter().all(is_mine))
+                && let Some(state) = self.adopted.remove(&id)
             {
                 return Ok(state);
             }
@@ -182,19 +233,21 @@ impl Reconciler {
             state.are_unsure(&next.changes);
             return Err(Error::Write { table, source: failure.error });
         }
-        let before = state.backends();
+        let old = state.tenants();
         let result = self.store_words(state, port, runs, dataplane, now_ms, written);
         if result.is_err() {
             // Some words may point to old members, others to new ones: keep all, the next comparison sorts it out.
             state.members.append(&mut next.members);
             state.drained.append(&mut next.drained);
             state.are_unsure(&next.changes);
+            state.held.extend(old);
             return result;
         }
         state.members = next.members;
         state.drained = next.drained;
-        let after = state.backends();
-        *written += self.vacate(before.difference(&after).copied(), dataplane, now_ms);
+        let gone = state.hold(old);
+        *written += self.vacate(&gone, dataplane, now_ms);
+        *written += state.write_held(dataplane);
         next.changes.retain(|change| change.both != change.to);
         let writes: Vec<Write> = next.changes.iter().map(|change| change.write(change.to)).collect();
         let failures = dataplane.apply(&writes);
@@ -298,7 +351,13 @@ impl Reconciler {
         written: &mut usize,
     ) -> Result<(), Error> {
         let mut result = Ok(());
-        for ((word, (run, placed)), current) in SETS.into_iter().zip(runs).zip(&mut state.runs) {
+        let sets = SETS.into_iter().zip(runs).zip(&mut state.runs).zip(&mut state.withdrawn);
+        for (((word, (run, placed)), current), withdrawn) in sets {
+            // No frontend asks for the draining set.
+            *withdrawn = placed == Placed::Absent && word != RecordWord::Draining;
+            if *withdrawn {
+                continue;
+            }
             let run = match placed {
                 Placed::Absent => Run::default(),
                 Placed::Same | Placed::Moved => run.unwrap_or_else(|| current.clone()),
@@ -339,9 +398,45 @@ impl Reconciler {
         result
     }
 
-    /// Step 5: the record and all that it held.
+    /// Step 5: sets that the service port no longer uses, if no frontend asks for them any more.
+    pub(super) fn withdraw(
+        &mut self,
+        state: &mut PortState,
+        dataplane: &mut impl Dataplane,
+        now_ms: u64,
+    ) -> usize {
+        let mut written = 0;
+        let references = self.references.get(&state.id);
+        let (cluster, local) = references.map_or((0, 0), |counts| (counts.cluster, counts.local));
+        for ((word, run), withdrawn) in SETS.into_iter().zip(&mut state.runs).zip(&mut state.withdrawn) {
+            let asked_for = match word {
+                RecordWord::Cluster => cluster,
+                RecordWord::Local => local,
+                RecordWord::Draining | RecordWord::Affinity => 0,
+            };
+            if !*withdrawn || asked_for > 0 {
+                continue;
+            }
+            let absent = SetWord::ABSENT.bits();
+            match store(dataplane, state.id, word, word.read(&state.record), absent, &mut written) {
+                Ok(()) => {
+                    set_word(&mut state.record, word, absent);
+                    let run = std::mem::take(run);
+                    self.slots.give(run.first, run.len(), now_ms);
+                    *withdrawn = false;
+                }
+                Err(error) => tracing::warn!(%error, "a set that is not used any more stays for now"),
+            }
+        }
+        let old = std::mem::take(&mut state.held);
+        let gone = state.hold(old);
+        written + self.vacate(&gone, dataplane, now_ms) + state.write_held(dataplane)
+    }
+
+    /// Step 6: the record and all that it held.
     pub(super) fn free(&mut self, state: PortState, dataplane: &mut impl Dataplane, now_ms: u64) -> usize {
-        let writes = self.vacate(state.backends().into_iter(), dataplane, now_ms);
+        let tenants: Vec<BackendId> = state.tenants().into_keys().collect();
+        let writes = self.vacate(&tenants, dataplane, now_ms);
         for run in &state.runs {
             self.slots.give(run.first, run.len(), now_ms);
         }
@@ -351,13 +446,9 @@ impl Reconciler {
 
     /// Tells flows that these backends are gone; their places rest. A place whose write fails keeps its tenant's
     /// content: the id is not given out for that generation again, and no set points to it.
-    fn vacate(
-        &mut self,
-        ids: impl Iterator<Item = BackendId>,
-        dataplane: &mut impl Dataplane,
-        now_ms: u64,
-    ) -> usize {
+    fn vacate(&mut self, ids: &[BackendId], dataplane: &mut impl Dataplane, now_ms: u64) -> usize {
         let writes: Vec<Write> = ids
+            .iter()
             .map(|id| Write::Backend { index: id.index(), value: Backend::vacant(id.generation()) })
             .collect();
         for write in &writes {
