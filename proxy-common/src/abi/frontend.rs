@@ -194,12 +194,10 @@ impl FrontendValue {
         if self.local_for & (1 << origin as u8) != 0 { WhichSet::Local } else { WhichSet::Cluster }
     }
 
-    /// Whether clients of this node are served alike, pods and the node itself.
+    /// Whether it does not matter who asks.
     #[inline(always)]
-    pub const fn serves_this_node_alike(&self) -> bool {
-        const THIS_NODE: u8 = 1 << Origin::Node as u8 | 1 << Origin::Pod as u8;
-        let local_for = self.local_for & THIS_NODE;
-        local_for == 0 || local_for == THIS_NODE
+    pub const fn serves_all_alike(&self) -> bool {
+        self.local_for == 0 || self.local_for == 0b111
     }
 
     /// Whether the client's address must be checked first (F1).

@@ -36,8 +36,7 @@ pub enum Connect {
 /// good as certain; the bound is for the verifier.
 const TRIES: u32 = 3;
 
-/// Decides a new connection from a socket of this node: [`Client::origin`] is never [`Origin::Elsewhere`]. Most
-/// connections are for no Service and pay for one look-up, no more.
+/// Decides a new connection. Most are for no Service and pay for one look-up, no more.
 #[inline(always)]
 pub fn connect(tables: &impl Tables, client: &impl Fn() -> Client, to: Peer, protocol: Protocol) -> Connect {
     let key = FrontendKey::new(to.0, to.1, protocol.number());
@@ -46,8 +45,7 @@ pub fn connect(tables: &impl Tables, client: &impl Fn() -> Client, to: Peer, pro
         return Connect::SourceRanges;
     }
     // Asking who the client is costs a helper call, and nearly always does not matter.
-    let which =
-        frontend.set_for(if frontend.serves_this_node_alike() { Origin::Node } else { client().origin });
+    let which = frontend.set_for(if frontend.serves_all_alike() { Origin::Node } else { client().origin });
     for _ in 0..TRIES {
         let set = tables.set(frontend.service(), which);
         if set.count() == 0 {
