@@ -50,7 +50,8 @@ fn to(address: &str, port: u16) -> Dial {
 }
 
 fn who(client: &Client, address: &str, port: u16) -> BTreeSet<String> {
-    answers(client, Transport::Tcp, to(address, port), ENOUGH).unwrap()
+    // With the patience for a SYN that is sent again: a busy machine may lose one.
+    answers(client, Transport::Tcp, Dial::new(at(address, port).unwrap()), ENOUGH).unwrap()
 }
 
 /// Nobody translates it and nobody listens there: the node's own kernel refuses.
