@@ -162,6 +162,14 @@ impl Client {
         self.done(&Request::Serve { name: name.to_owned(), addresses: addresses.to_vec() })
     }
 
+    /// Has the client do something of the benchmark; [`crate::measure`] has a method for each order.
+    pub(crate) fn measure(&self, order: crate::measure::Order) -> Result<crate::measure::Outcome> {
+        let Reply::Measured(outcome) = self.ask(&Request::Measure(order))? else {
+            return Err(self.mismatch());
+        };
+        Ok(outcome)
+    }
+
     fn outcome(&self, request: &Request) -> Result<Outcome> {
         let reply = self.ask(request)?;
         if let Reply::Exchange(exchange) = reply {

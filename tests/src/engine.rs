@@ -26,6 +26,7 @@ use nix::{
 };
 
 use crate::{
+    measure::Bench,
     protocol::{
         Datagram, Dial, Exchange, Failure, Family, HeldReport, LoopReport, LoopSpec, Record, Reply, Request,
         Stage, Summary, Transport,
@@ -75,6 +76,7 @@ struct State {
     loops: BTreeMap<u64, Loop>,
     held: BTreeMap<u64, Held>,
     servers: Vec<Server>,
+    bench: Bench,
 }
 
 impl State {
@@ -151,6 +153,7 @@ impl State {
                 }
                 Err(error) => Reply::Error(format!("{error:#}")),
             },
+            Request::Measure(order) => Reply::Measured(self.bench.handle(order)),
         }
     }
 

@@ -89,6 +89,14 @@ impl Place {
         [IpAddr::from(self.v4), IpAddr::from(self.v6)].map(|address| SocketAddr::new(address, port))
     }
 
+    /// The same namespace and addresses under another cgroup, which exists: who runs there is in the pod, but not under
+    /// what is attached to the pod's cgroup.
+    #[must_use]
+    pub fn under(&self, cgroup: PathBuf) -> Self {
+        let Self { name, netns, v4, v6, .. } = self;
+        Self { name: name.clone(), netns: netns.clone(), cgroup, v4: *v4, v6: *v6 }
+    }
+
     /// A command whose process joins the place's cgroup and namespace before it becomes `program`; not only for the
     /// lab's own binaries (`curl`, `dig`).
     pub fn command(&self, program: impl AsRef<OsStr>) -> Result<Command> {

@@ -13,6 +13,7 @@ pub mod daemon;
 pub mod engine;
 pub mod lab;
 pub mod manifests;
+pub mod measure;
 pub mod netns;
 pub mod protocol;
 pub mod scene;

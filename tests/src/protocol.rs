@@ -192,11 +192,15 @@ pub enum Request {
         /// Where it listens.
         addresses: Vec<SocketAddr>,
     },
+    /// Something of the benchmark.
+    Measure(crate::measure::Order),
 }
 
 /// The reply to a request.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Reply {
+    /// What came of an order of the benchmark.
+    Measured(crate::measure::Outcome),
     /// Someone answered.
     Exchange(Exchange),
     /// Nobody answered.

@@ -1,6 +1,7 @@
 //! `cargo xtask`: the project's verbs. Each is a few cargo commands; what they need is brought by `setup`.
 #![expect(clippy::print_stdout, reason = "a command line tool talks to the person who called it")]
 
+mod bench;
 mod build;
 mod demo;
 mod lint;
@@ -41,6 +42,8 @@ enum Verb {
     },
     /// Shows a Service at work on this machine alone (as root)
     Demo,
+    /// Measures Sheave against the way without a Service (as root, on a quiet machine)
+    Bench(bench::Options),
     /// Runs every test that this machine can run (as root)
     Test {
         /// Arguments of `cargo test`
@@ -86,6 +89,15 @@ fn run_verb(verb: Verb) -> Result<()> {
             })?;
             part("build", || build(Profile::Dev))?;
             demo::run()
+        }
+        Verb::Bench(options) => {
+            part("setup", || {
+                setup::toolchain()?;
+                setup::commands()
+            })?;
+            // The one binary measures, the other is measured: both as users have them.
+            let binaries = part("build", || build(Profile::Release))?;
+            bench::run(&options, &binaries)
         }
         Verb::Test { arguments } => test(&arguments),
         Verb::Lint => {

@@ -1,0 +1,164 @@
+//! `cargo xtask bench`: Sheave beside the way without a Service, side by side in one run.
+//!
+//! Arms differ by cgroup and destination only, and alternate in short slices whose order is reversed each round. Figures
+//! are ratios of a round's values to those of the direct arm of the same round; the direct arm is measured twice, and a
+//! metric whose two direct arms differ beyond [`NOISE_MAX`] is void.
+
+mod control;
+mod data;
+mod report;
+mod scale;
+mod stats;
+mod world;
+
+use std::{
+    env, fs,
+    os::unix::process::CommandExt,
+    process::Command,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use nix::sys::signal::{SigSet, Signal};
+
+use self::{report::Report, scale::Scale, world::World};
+use crate::{build::Binaries, shell::seconds};
+
+/// Half the width of the interval around one that two equal arms may have.
+pub(crate) const NOISE_MAX: f64 = 0.02;
+
+/// Set once the binaries are found through variables.
+const PREPARED: &str = "SHEAVE_BENCH_PREPARED";
+
+/// Set by Ctrl-C.
+static STOPPED: AtomicBool = AtomicBool::new(false);
+
+/// Options of the benchmark.
+#[derive(Args, Debug)]
+pub(crate) struct Options {
+    /// 1, 1,000, 10,000 and 50,000 Services, longer slices
+    #[arg(long, conflicts_with = "quick")]
+    full: bool,
+    /// 1 and 10,000 Services (what happens without an option, too)
+    #[arg(long)]
+    quick: bool,
+    /// Only shows that everything works: short, and void as a measurement
+    #[arg(long, conflicts_with = "full")]
+    smoke: bool,
+    /// Metrics: p1 p2 p3 p4 p5 a1 a2 a4 a6 (a4 has a5, p1 has p7 and p12); without, all
+    ids: Vec<String>,
+}
+
+/// How thoroughly.
+#[derive(Clone, Debug)]
+pub(crate) struct Effort {
+    /// Numbers of Services.
+    pub(crate) sizes: Vec<u32>,
+    /// Rounds that count; one more is run first.
+    pub(crate) rounds: u32,
+    /// One arm's turn in a round.
+    pub(crate) slice: Duration,
+    /// Endpoint changes.
+    pub(crate) flips: u32,
+    /// Starts of the agent.
+    pub(crate) starts: u32,
+}
+
+impl Options {
+    fn effort(&self) -> Effort {
+        let ms = Duration::from_millis;
+        if self.smoke {
+            return Effort { sizes: vec![1, 1000], rounds: 3, slice: ms(50), flips: 20, starts: 1 };
+        }
+        if self.full {
+            let sizes = vec![1, 1000, 10_000, 50_000];
+            return Effort { sizes, rounds: 20, slice: ms(300), flips: 500, starts: 5 };
+        }
+        Effort { sizes: vec![1, 10_000], rounds: 16, slice: ms(200), flips: 300, starts: 3 }
+    }
+
+    pub(crate) fn wants(&self, id: &str) -> bool {
+        self.ids.is_empty() || self.ids.iter().any(|wanted| wanted.eq_ignore_ascii_case(id))
+    }
+}
+
+/// Runs the benchmark and writes `target/bench/`.
+pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<()> {
+    if env::var_os(PREPARED).is_none() {
+        // The lab finds its binaries by these variables; a process cannot safely change its own.
+        let own = env::current_exe().context("asking for this program's own path")?;
+        let error = Command::new(own)
+            .args(env::args_os().skip(1))
+            .env("SHEAVE_BIN", &binaries.sheave)
+            .env("SHEAVE_LAB_CLIENT", &binaries.lab_client)
+            .env(PREPARED, "1")
+            .exec();
+        return Err(error).context("starting the benchmark");
+    }
+    for id in &options.ids {
+        let known = ["p1", "p2", "p3", "p4", "p5", "a1", "a2", "a4", "a6"];
+        if !known.contains(&id.to_lowercase().as_str()) {
+            bail!("no metric {id}: {}", known.join(" "));
+        }
+    }
+    // Threads started later inherit the mask; commands start with an empty one.
+    let interrupts = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
+    interrupts.thread_block().context("holding back Ctrl-C")?;
+    thread::spawn(move || {
+        if interrupts.wait().is_ok() {
+            eprintln!("\nstopping: the current slice ends first, then everything is removed");
+            STOPPED.store(true, Ordering::Relaxed);
+        }
+    });
+    let effort = options.effort();
+    let mut report = Report::new(&effort)?;
+    let started = Instant::now();
+    for services in &effort.sizes {
+        let data = ["p1", "p2", "p3", "p4", "p5"].iter().any(|id| options.wants(id));
+        if data {
+            let scale =
+                Scale { services: *services, endpoints: 10, dual_stack: true, protocols: &["TCP", "UDP"] };
+            let mut world = World::new(scale)?;
+            let synced = world.start_agent()?;
+            println!("── {services} Services, both families: synced after {}", seconds(synced));
+            data::measure(&world, options, &effort, &mut report)?;
+        }
+        if ["a1", "a2", "a4", "a6"].iter().any(|id| options.wants(id)) {
+            let scale = Scale { services: *services, endpoints: 10, dual_stack: false, protocols: &["UDP"] };
+            let mut world = World::new(scale)?;
+            println!("── {services} Services, control plane");
+            control::measure(&mut world, options, &effort, &mut report)?;
+        }
+        // What there is so far is kept if a larger size fails.
+        report.write()?;
+    }
+    report.growth();
+    report.write()?;
+    println!("── all of it took {}; see {}", seconds(started.elapsed()), report.directory().display());
+    Ok(())
+}
+
+/// Ends the work when somebody pressed Ctrl-C; what is dropped on the way up removes itself.
+pub(crate) fn go_on() -> Result<()> {
+    if STOPPED.load(Ordering::Relaxed) {
+        bail!("stopped by Ctrl-C");
+    }
+    Ok(())
+}
+
+/// The machine, as far as it matters.
+pub(crate) fn machine() -> String {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let cpus = read("/proc/cpuinfo");
+    let model =
+        cpus.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ")).map(|found| found.1);
+    format!(
+        "{} x {}, Linux {}",
+        thread::available_parallelism().map_or(1, usize::from),
+        model.unwrap_or("a CPU"),
+        read("/proc/sys/kernel/osrelease").trim()
+    )
+}

@@ -1,0 +1,220 @@
+//! A lab with an agent, backends and a client that can be moved between cgroups.
+
+use std::{
+    fs,
+    net::IpAddr,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use nix::sys::signal::Signal;
+use sheave_tests::{
+    agent::{Agent, sheave},
+    cgroup,
+    client::Client,
+    lab::{Lab, Node},
+    manifests::lab_node,
+};
+
+use super::scale::{Family, Group, Scale, TARGET_PORT};
+
+/// Where the client under measurement runs, and where the servers do.
+pub(crate) const CLIENT_CPU: usize = 1;
+pub(crate) const SERVER_CPU: usize = 0;
+
+/// What the largest size may take on a busy machine.
+const SYNCED_WITHIN: Duration = Duration::from_secs(600);
+
+/// Where a client is while it measures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Side {
+    /// In the pod's cgroup, under the agent's programs.
+    Inside,
+    /// In a cgroup under no program.
+    Outside,
+    /// In another such cgroup.
+    OutsideAgain,
+}
+
+/// See the module.
+pub(crate) struct World {
+    // In the order in which they go: nobody uses what has gone.
+    agent: Option<Agent>,
+    client: Client,
+    servers: Vec<Client>,
+    lab: Lab,
+    /// What the manifests hold.
+    pub(crate) scale: Scale,
+    /// The same server outside and inside the agent's cgroup, by port.
+    inside_port: u16,
+}
+
+impl World {
+    /// Makes the lab and writes the manifests; no agent yet.
+    pub(crate) fn new(scale: Scale) -> Result<Self> {
+        let lab = Lab::new(3)?;
+        let node = lab.node(0)?;
+        lay_routes(node)?;
+        lab.manifests().write("node", &[lab_node(node)])?;
+        scale.write(lab.manifests().path())?;
+        let client_pod = node.pod(0)?;
+        // Many connections of one address to one VIP: what a busy client's namespace has set.
+        client_pod
+            .netns()
+            .sysctls(&[("net/ipv4/ip_local_port_range", "1024 65535"), ("net/ipv4/tcp_tw_reuse", "1")])?;
+        let mut world = Self {
+            agent: None,
+            client: client_pod.client()?,
+            servers: Vec::new(),
+            lab,
+            scale,
+            inside_port: TARGET_PORT + 1,
+        };
+        for side in [Side::Outside, Side::OutsideAgain] {
+            cgroup::create(&world.cgroup(side)?)?;
+        }
+        world.start_servers()?;
+        Ok(world)
+    }
+
+    fn start_servers(&mut self) -> Result<()> {
+        let outside = self.cgroup(Side::Outside)?;
+        for index in [1, 2] {
+            // Outside: what a server's own sockets cost under the programs is measured by the bystander arm alone.
+            let server = self.lab.pod(index)?.under(outside.clone()).client()?;
+            server.serve_measured(TARGET_PORT, Some(SERVER_CPU))?;
+            self.servers.push(server);
+        }
+        let server = self.lab.pod(1)?.client()?;
+        server.serve_measured(self.inside_port, Some(SERVER_CPU))?;
+        self.servers.push(server);
+        Ok(())
+    }
+
+    /// The lab.
+    pub(crate) fn lab(&self) -> &Lab {
+        &self.lab
+    }
+
+    /// The node.
+    pub(crate) fn node(&self) -> Result<&Node> {
+        self.lab.node(0)
+    }
+
+    /// The client.
+    pub(crate) fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// The processes of a measured connection's two ends.
+    pub(crate) fn ends(&self) -> Vec<u32> {
+        self.servers.iter().chain([&self.client]).map(Client::pid).collect()
+    }
+
+    /// The agent, if it runs.
+    pub(crate) fn agent(&self) -> Result<&Agent> {
+        self.agent.as_ref().context("no agent runs")
+    }
+
+    /// The port of the server that is under the programs itself.
+    pub(crate) fn inside_port(&self) -> u16 {
+        self.inside_port
+    }
+
+    /// Starts the agent, and waits until it has synced; returns how long that took.
+    pub(crate) fn start_agent(&mut self) -> Result<Duration> {
+        let started = Instant::now();
+        self.spawn_agent()?;
+        self.await_agent()?;
+        Ok(started.elapsed())
+    }
+
+    /// Starts the agent.
+    pub(crate) fn spawn_agent(&mut self) -> Result<()> {
+        let agent = Agent::spawn(&self.lab, self.lab.node(0)?, &[] as &[&str])?;
+        self.agent = Some(agent);
+        Ok(())
+    }
+
+    /// Waits until the agent says that it has synced.
+    pub(crate) fn await_agent(&mut self) -> Result<()> {
+        self.agent.as_mut().context("no agent runs")?.wait_synced(SYNCED_WITHIN)
+    }
+
+    /// Ends the agent at once; what is in the kernel stays.
+    pub(crate) fn kill_agent(&mut self) -> Result<()> {
+        self.agent.take().context("no agent runs")?.kill()
+    }
+
+    /// Removes what the agent has left in the kernel.
+    pub(crate) fn clean_up(&self) -> Result<()> {
+        let output = sheave(self.node()?, &["cleanup"])?;
+        anyhow::ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    }
+
+    /// Stops the agent's process while `work` measures the data path: whatever it does is not part of that.
+    pub(crate) fn with_agent_still<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.agent()?.signal(Signal::SIGSTOP)?;
+        let result = work();
+        self.agent()?.signal(Signal::SIGCONT)?;
+        result
+    }
+
+    fn cgroup(&self, side: Side) -> Result<PathBuf> {
+        Ok(match side {
+            Side::Inside => self.lab.pod(0)?.cgroup().to_owned(),
+            Side::Outside => self.lab.cgroup().join("bench-outside"),
+            Side::OutsideAgain => self.lab.cgroup().join("bench-again"),
+        })
+    }
+
+    /// Puts the client into a cgroup. The same process measures every arm, so that the places of its memory are no
+    /// difference between arms; its sockets belong to the cgroup in which they are made.
+    pub(crate) fn move_client(&self, side: Side) -> Result<()> {
+        let members = self.cgroup(side)?.join("cgroup.procs");
+        fs::write(&members, self.client.pid().to_string())
+            .with_context(|| format!("moving the client to {}", members.display()))
+    }
+
+    /// The source address of the client's sockets towards a group.
+    pub(crate) fn source(family: Family, group: Group) -> IpAddr {
+        let (v4, v6) = group.sources();
+        match family {
+            Family::V4 => v4.into(),
+            Family::V6 => v6.into(),
+        }
+    }
+}
+
+/// Leads the groups' prefixes to their pods, and gives the client a source address towards each.
+fn lay_routes(node: &Node) -> Result<()> {
+    let mut host = String::new();
+    let mut client = String::new();
+    for (index, group) in [(1, Group::A), (2, Group::B)] {
+        let pod = node.pod(index)?;
+        let (v4, v6) = (group.prefix_v4(), group.prefix_v6());
+        pod.netns().ip(&format!("route add local {v4} dev lo\nroute add local {v6} dev lo\n"))?;
+        let device = format!("veth{}", index + 1);
+        host += &format!(
+            "route add {v4} via {} dev {device}\nroute add {v6} via {} dev {device}\n",
+            pod.v4(),
+            pod.v6()
+        );
+        let (source_v4, source_v6) = group.sources();
+        client += &format!(
+            "address add {source_v4}/32 dev lo\naddress add {source_v6}/128 dev lo nodad\n\
+             route add {v4} via 10.244.1.1 dev eth0 src {source_v4}\n\
+             route add {v6} via fd00:10:244:1::1 dev eth0 src {source_v6}\n"
+        );
+    }
+    let pod = node.pod(0)?;
+    host += &format!(
+        "route add 10.202.0.0/16 via {} dev veth1\nroute add fd00:202::/64 via {} dev veth1\n",
+        pod.v4(),
+        pod.v6()
+    );
+    pod.netns().ip(&client)?;
+    node.host().netns().ip(&host)
+}
