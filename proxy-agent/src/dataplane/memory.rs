@@ -55,6 +55,11 @@ impl Memory {
         }
     }
 
+    /// As a full LRU does on its own.
+    pub fn forget_datagram_origins(&self) {
+        self.datagram_origins.borrow_mut().clear();
+    }
+
     fn apply_one(&mut self, write: Write) -> io::Result<()> {
         match write {
             Write::Backend { index, value } => {
