@@ -230,10 +230,11 @@ impl Client {
     }
 
     fn order(&self, order: Order) -> Result<Outcome> {
-        match self.measure(order)? {
-            Outcome::Failed(error) => bail!("the lab client: {error}"),
-            outcome => Ok(outcome),
+        let outcome = self.measure(order)?;
+        if let Outcome::Failed(error) = outcome {
+            bail!("the lab client: {error}");
         }
+        Ok(outcome)
     }
 }
 
@@ -633,9 +634,8 @@ fn return_datagram_v4(descriptor: &OwnedFd) -> nix::Result<()> {
     let received =
         recvmsg::<SockaddrIn>(descriptor.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::empty())?;
     let (length, from) = (received.bytes, received.address);
-    let asked = received.cmsgs()?.find_map(|message| match message {
-        ControlMessageOwned::Ipv4PacketInfo(info) => Some(info.ipi_addr),
-        _ => None,
+    let asked = received.cmsgs()?.find_map(|message| {
+        if let ControlMessageOwned::Ipv4PacketInfo(info) = message { Some(info.ipi_addr) } else { None }
     });
     let info = asked.map(|ipi_spec_dst| libc::in_pktinfo {
         ipi_ifindex: 0,
@@ -656,9 +656,9 @@ fn return_datagram_v6(descriptor: &OwnedFd) -> nix::Result<()> {
     let received =
         recvmsg::<SockaddrIn6>(descriptor.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::empty())?;
     let (length, from) = (received.bytes, received.address);
-    let info = received.cmsgs()?.find_map(|message| match message {
-        ControlMessageOwned::Ipv6PacketInfo(info) => Some(libc::in6_pktinfo { ipi6_ifindex: 0, ..info }),
-        _ => None,
+    let info = received.cmsgs()?.find_map(|message| {
+        let ControlMessageOwned::Ipv6PacketInfo(info) = message else { return None };
+        Some(libc::in6_pktinfo { ipi6_ifindex: 0, ..info })
     });
     let control = info.as_ref().map(ControlMessage::Ipv6PacketInfo);
     let parts = [IoSlice::new(buffer.get(..length).unwrap_or_default())];
