@@ -27,7 +27,7 @@ impl Estimate {
                         state ^= state << 13;
                         state ^= state >> 7;
                         state ^= state << 17;
-                        let index = (state >> 32) * values.len() as u64 >> 32;
+                        let index = ((state >> 32) * values.len() as u64) >> 32;
                         values.get(usize::try_from(index).unwrap_or_default()).copied()
                     })
                     .collect();
