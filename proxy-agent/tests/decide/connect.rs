@@ -50,7 +50,11 @@ fn what_is_no_frontend_is_left_alone_and_asks_nobody() {
         assert_eq!(decide::connect(&lab.tables, &client, to, protocol), Connect::Untouched);
     }
     assert_eq!(asked.get(), 0);
+    // Nor is anybody asked where all are served alike; once where it matters.
     assert!(matches!(decide::connect(&lab.tables, &client, vip(1), Protocol::Tcp), Connect::Forward { .. }));
+    assert_eq!(asked.get(), 0);
+    lab.frontend(4, FrontendValue::new(1, FrontendKind::NodePort).with_local_set_for(Origin::Elsewhere));
+    assert!(matches!(decide::connect(&lab.tables, &client, vip(4), Protocol::Tcp), Connect::Forward { .. }));
     assert_eq!(asked.get(), 1);
     // A record that is not written yet, or a set that is not used.
     lab.frontend(2, FrontendValue::new(77, FrontendKind::ClusterIp));
