@@ -231,7 +231,7 @@ impl Client {
 
     fn order(&self, order: Order) -> Result<Outcome> {
         let outcome = self.measure(order)?;
-        if let Outcome::Failed(error) = outcome {
+        if let Outcome::Failed(error) = &outcome {
             bail!("the lab client: {error}");
         }
         Ok(outcome)
@@ -494,7 +494,8 @@ fn await_change(probe: Probe, to: SocketAddr, timeout: Duration) -> Result<Chang
         Probe::Source => source_of(family, &raw).map(|source| source.to_string()),
         Probe::Greeting => greeting(family, &raw),
     };
-    let mut change = Change { from: look()?, ..Change::default() };
+    let last_old_ns = monotonic_ns();
+    let mut change = Change { from: look()?, last_old_ns, ..Change::default() };
     loop {
         let begin_ns = monotonic_ns();
         let seen = look();
@@ -657,8 +658,11 @@ fn return_datagram_v6(descriptor: &OwnedFd) -> nix::Result<()> {
         recvmsg::<SockaddrIn6>(descriptor.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::empty())?;
     let (length, from) = (received.bytes, received.address);
     let info = received.cmsgs()?.find_map(|message| {
-        let ControlMessageOwned::Ipv6PacketInfo(info) = message else { return None };
-        Some(libc::in6_pktinfo { ipi6_ifindex: 0, ..info })
+        if let ControlMessageOwned::Ipv6PacketInfo(info) = message {
+            Some(libc::in6_pktinfo { ipi6_ifindex: 0, ..info })
+        } else {
+            None
+        }
     });
     let control = info.as_ref().map(ControlMessage::Ipv6PacketInfo);
     let parts = [IoSlice::new(buffer.get(..length).unwrap_or_default())];

@@ -6,6 +6,7 @@
 
 mod control;
 mod data;
+mod plot;
 mod report;
 mod scale;
 mod stats;

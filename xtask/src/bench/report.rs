@@ -13,7 +13,7 @@ use serde::Serialize;
 use super::{
     Effort, NOISE_MAX,
     control::p50_p99,
-    machine,
+    machine, plot,
     stats::{Estimate, slope},
 };
 use crate::shell::root;
@@ -181,6 +181,8 @@ impl Report {
     pub(crate) fn write(&self) -> Result<()> {
         let raw = serde_json::to_vec_pretty(self).context("encoding the results")?;
         fs::write(self.directory.join("results.json"), raw).context("writing results.json")?;
+        fs::write(self.directory.join("ratios.svg"), plot::ratios(&self.rows))
+            .context("writing ratios.svg")?;
         fs::write(self.directory.join("report.md"), self.page()).context("writing report.md")
     }
 
