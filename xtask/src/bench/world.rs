@@ -196,6 +196,8 @@ fn lay_routes(node: &Node) -> Result<()> {
         let pod = node.pod(index)?;
         let (v4, v6) = (group.prefix_v4(), group.prefix_v6());
         pod.netns().ip(&format!("route add local {v4} dev lo\nroute add local {v6} dev lo\n"))?;
+        // An answer comes from the address that was asked, which is routed here but is on no device.
+        pod.netns().sysctls(&[("net/ipv6/ip_nonlocal_bind", "1")])?;
         let device = format!("veth{}", index + 1);
         host += &format!(
             "route add {v4} via {} dev {device}\nroute add {v6} via {} dev {device}\n",
