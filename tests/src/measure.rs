@@ -69,6 +69,8 @@ pub enum Order {
         probe: Probe,
         /// Where.
         to: SocketAddr,
+        /// Who is there before: a prober that comes too late shall say so.
+        from: String,
         /// Where the prober runs.
         cpu: Option<usize>,
         /// When to give up.
@@ -165,7 +167,7 @@ pub struct Change {
     pub from: String,
     /// Who is there now.
     pub to: String,
-    /// When the last look that saw the old one began.
+    /// When the last look that saw the old one began; zero if the first look came too late.
     pub last_old_ns: u64,
     /// When the first look that saw the new one was over.
     pub first_new_ns: u64,
@@ -214,10 +216,11 @@ impl Client {
         &self,
         probe: Probe,
         to: SocketAddr,
+        from: &str,
         cpu: Option<usize>,
         timeout: Duration,
     ) -> Result<Change> {
-        let order = Order::AwaitChange { probe, to, cpu, timeout };
+        let order = Order::AwaitChange { probe, to, from: from.to_owned(), cpu, timeout };
         let Outcome::Change(change) = self.order(order)? else { bail!("no change came back") };
         Ok(change)
     }
@@ -265,9 +268,9 @@ impl Bench {
                 }
                 Ok(Outcome::Done)
             }
-            Order::AwaitChange { probe, to, cpu, timeout } => {
+            Order::AwaitChange { probe, to, from, cpu, timeout } => {
                 pin(cpu)?;
-                await_change(probe, to, timeout).map(Outcome::Change)
+                await_change(probe, to, from, timeout).map(Outcome::Change)
             }
             Order::AwaitAll { targets, source, timeout } => {
                 await_all(self.get(targets)?, source, timeout).map(Outcome::All)
@@ -486,7 +489,7 @@ impl Collector {
     }
 }
 
-fn await_change(probe: Probe, to: SocketAddr, timeout: Duration) -> Result<Change> {
+fn await_change(probe: Probe, to: SocketAddr, from: String, timeout: Duration) -> Result<Change> {
     let deadline = Instant::now() + timeout;
     let family = if to.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let raw = SockaddrStorage::from(to);
@@ -494,8 +497,7 @@ fn await_change(probe: Probe, to: SocketAddr, timeout: Duration) -> Result<Chang
         Probe::Source => source_of(family, &raw).map(|source| source.to_string()),
         Probe::Greeting => greeting(family, &raw),
     };
-    let last_old_ns = monotonic_ns();
-    let mut change = Change { from: look()?, last_old_ns, ..Change::default() };
+    let mut change = Change { from, ..Change::default() };
     loop {
         let begin_ns = monotonic_ns();
         let seen = look();

@@ -78,6 +78,7 @@ fn flips(world: &World, effort: &Effort, report: &mut Report) -> Result<()> {
     let movable = world.scale.movable();
     let mut live_ns = Vec::new();
     let mut stale = 0;
+    let mut unseen = 0;
     for flip in 0..effort.flips {
         go_on()?;
         let index = usize::try_from(flip)? % movable.len();
@@ -88,12 +89,20 @@ fn flips(world: &World, effort: &Effort, report: &mut Report) -> Result<()> {
         let unfinished = directory.join(".flip");
         fs::write(&unfinished, world.scale.movable_text(service, group)?)?;
         let vip = world.scale.vip(Family::V4, service);
+        let before = if group == Group::A { Group::B } else { Group::A };
+        let old = World::source(Family::V4, before).to_string();
         let (begin_ns, change) = thread::scope(|scope| {
             let prober = scope.spawn(|| {
-                world.client().await_change(Probe::Source, vip, Some(CLIENT_CPU), Duration::from_secs(10))
+                world.client().await_change(
+                    Probe::Source,
+                    vip,
+                    &old,
+                    Some(CLIENT_CPU),
+                    Duration::from_secs(10),
+                )
             });
             // The prober looks every few microseconds by then; the wait differs so that nothing falls into step.
-            thread::sleep(Duration::from_micros(5000 + u64::from(flip * 37 % 1000)));
+            thread::sleep(Duration::from_micros(20_000 + u64::from(flip * 37 % 1000)));
             let begin_ns = monotonic_ns();
             fs::rename(&unfinished, &path)?;
             let change = prober.join().map_err(|_| anyhow::anyhow!("the prober panicked"))??;
@@ -101,9 +110,19 @@ fn flips(world: &World, effort: &Effort, report: &mut Report) -> Result<()> {
         })?;
         ensure!(change.to == World::source(Family::V4, group).to_string(), "it led to {}", change.to);
         stale += change.stale;
+        if change.last_old_ns == 0 {
+            unseen += 1;
+            continue;
+        }
         live_ns.push(change.first_new_ns - begin_ns);
     }
     report.fact(Fact::times("a2", "one endpoint change: rename to visible", world.scale.services, live_ns));
+    report.fact(Fact::count(
+        "a2",
+        "changes before the prober's first look, not counted",
+        world.scale.services,
+        unseen,
+    ));
     report.fact(Fact::count(
         "a7",
         "looks that saw the removed endpoint after the new one",
