@@ -8,13 +8,14 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::statfs;
 use proxy_common::abi::LAYOUT_VERSION;
 
-use super::Error;
+use super::{Error, sys};
 
 /// statfs(2): BPF_FS_MAGIC.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
@@ -123,6 +124,10 @@ impl Pins {
         let root = self.root();
         if !root.exists() {
             return Ok(false);
+        }
+        for link in fs::read_dir(self.links()).into_iter().flatten().flatten() {
+            // The removal below detaches too, only later; before 5.9 it is the only way.
+            let _ = sys::object_get(&link.path()).and_then(|link| sys::link_detach(link.as_fd()));
         }
         for directory in [self.links(), root] {
             match fs::remove_dir_all(&directory) {

@@ -228,6 +228,8 @@ fn update(pin: &Path, program: &CgroupSockAddr, cgroup_id: u64, name: &'static s
             program = name,
             "its link is attached to another cgroup, or to one that is gone; replacing it"
         );
+        // Removing the pin detaches it too, only later; before 5.9 that is the only way.
+        let _ = sys::link_detach(link.as_fd());
         std::fs::remove_file(pin).map_err(error("remove"))?;
         return Ok(false);
     }
