@@ -28,8 +28,9 @@ const SYNCED_WITHIN: Duration = Duration::from_secs(60);
 /// A change is live within milliseconds; a busy machine gets more.
 const LIVE_WITHIN: Duration = Duration::from_secs(30);
 
-/// The file and the Service that show how far the agent has come.
-const BARRIER: &str = "barrier";
+/// The file and the Service that show how far the agent has come. By its name it is the last of files that are read
+/// together.
+const BARRIER: &str = "zz-barrier";
 const BARRIER_VIP: &str = "10.96.255.254";
 
 /// What the pods of a scene listen on.

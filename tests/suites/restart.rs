@@ -334,7 +334,8 @@ fn cleanup_leaves_nothing() {
     assert!(output.status.success() && output.stdout.starts_with(b"removed"), "{output:?}");
     assert!(!pins.exists());
     assert!(fail(&client, Transport::Tcp, vip().timeout(SOON)).unwrap().is_timeout());
-    assert_eq!(client.check_held(held.id).unwrap().alive, 3, "established connections go on");
+    let after = client.check_held(held.id).unwrap();
+    assert_eq!(after.alive, 3, "established connections go on: {after:?}");
     // The kernel frees them a moment later.
     eventually("no program and no map is left", || {
         anyhow::ensure!(bpf::programs_of(node.cgroup())?.is_empty(), "programs are attached");
