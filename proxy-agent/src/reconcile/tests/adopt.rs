@@ -17,7 +17,7 @@ fn world() -> World {
 
 /// What an agent left that programmed this world.
 fn left_by(world: &World) -> Memory {
-    let mut engine = Engine::new(Memory::default());
+    let mut engine = Engine::new(tables());
     engine.follow(world);
     engine.dataplane.log.clear();
     engine.dataplane
@@ -96,7 +96,7 @@ fn damaged_records_are_not_believed_and_heal() {
         key: frontend(vip),
         value: FrontendValue::new(service, FrontendKind::ClusterIp),
     };
-    let slots = Memory::default().limits().slots;
+    let slots = tables().limits().slots;
     let (first, second) = (0, 1);
     // Service a has record 1 and slots 0 and 1, b has record 2 and slot 2.
     let damages = [

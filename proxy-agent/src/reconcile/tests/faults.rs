@@ -10,7 +10,7 @@ use proxy_common::abi::BackendState;
 type Fails = Box<dyn FnMut(&Write) -> bool>;
 
 fn engine(fails: impl FnMut(&Write) -> bool + 'static) -> Engine<Faulty<Memory, Fails>> {
-    Engine::new(Faulty { inner: Memory::default(), fails: Box::new(fails) })
+    Engine::new(Faulty { inner: tables(), fails: Box::new(fails) })
 }
 
 fn of_host(write: &Write, host: u8) -> bool {

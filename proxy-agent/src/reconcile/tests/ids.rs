@@ -5,7 +5,6 @@ use proxy_common::decide::{self, Client, Connect, Tables};
 
 use super::world::{READY, endpoint, frontend, plain, port_key};
 use super::*;
-use crate::dataplane::Limits;
 use crate::reconcile::{Error, REST_MS, Table, WantedPort};
 
 const DRAINING: BackendState = BackendState { cluster: false, local: false, serving: true };
@@ -37,7 +36,7 @@ fn ids(engine: &Engine<Memory>, draining: bool) -> BTreeMap<std::net::SocketAddr
 #[test]
 fn a4_an_endpoint_that_comes_back_is_somebody_else() {
     for pause_ms in [0, REST_MS] {
-        let mut engine = Engine::new(Memory::default());
+        let mut engine = Engine::new(tables());
         engine.follow(&with(Some(READY)));
         let first = ids(&engine, false);
         engine.follow(&with(None));
@@ -56,7 +55,7 @@ fn a4_an_endpoint_that_comes_back_is_somebody_else() {
 
 #[test]
 fn c2_a_draining_endpoint_keeps_its_id_for_flows() {
-    let mut engine = Engine::new(Memory::default());
+    let mut engine = Engine::new(tables());
     engine.follow(&with(Some(READY)));
     let old = ids(&engine, false)[&endpoint(1)];
     engine.follow(&with(Some(DRAINING)));
@@ -94,7 +93,7 @@ fn a_clients_affinity_follows_ids() {
     let sticky = |key: &_, hosts: &[u8]| {
         World::of([WantedPort { affinity_timeout_s: Some(100), ..plain(key, &[0], hosts) }])
     };
-    let mut engine = Engine::new(Memory::default());
+    let mut engine = Engine::new(tables());
     engine.follow(&sticky(&key(), &[1]));
     let first = reach(&engine, 7);
     engine.follow(&sticky(&key(), &[1, 2, 3, 4, 5, 6, 7, 8]));
@@ -117,7 +116,7 @@ fn a_clients_affinity_follows_ids() {
 #[test]
 fn a6_switching_affinity_off_and_on_forgets_and_a_timeout_does_not() {
     let epoch_after = |timeouts: &[Option<u32>]| {
-        let mut engine = Engine::new(Memory::default());
+        let mut engine = Engine::new(tables());
         for affinity_timeout_s in timeouts {
             engine.follow(&World::of([WantedPort {
                 affinity_timeout_s: *affinity_timeout_s,

@@ -12,8 +12,8 @@ use proptest::prelude::*;
 
 use self::world::World;
 use super::{Reconciler, Report};
-use crate::dataplane::Dataplane;
 use crate::dataplane::memory::Memory;
+use crate::dataplane::{Dataplane, Limits};
 use crate::dump::{self, Record};
 use crate::object::ObjectKey;
 
@@ -66,9 +66,14 @@ impl<D: Dataplane> Engine<D> {
     }
 }
 
+/// Adopting reads whole tables: no larger than needed.
+fn tables() -> Memory {
+    Memory::new(Limits { frontends: 128, services: 128, slots: 256, backends: 256 })
+}
+
 /// Goes through a world's wishes on tables of its own.
 fn from_scratch(world: &World) -> Vec<Record> {
-    let mut engine = Engine::new(Memory::default());
+    let mut engine = Engine::new(tables());
     let report = engine.full(world);
     assert!(report.failed.is_empty(), "{report:?}");
     engine.dump()

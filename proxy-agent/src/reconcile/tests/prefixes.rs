@@ -62,7 +62,7 @@ proptest! {
 
     #[test]
     fn every_prefix_is_safe(worlds in history(), pauses in prop::collection::vec(prop::sample::select(&PAUSES_MS[..]), 5)) {
-        let mut engine = Engine::new(Memory::default());
+        let mut engine = Engine::new(tables());
         engine.full(&worlds[0]);
         let mut late: Vec<LateReader> = Vec::new();
         for (pair, pause_ms) in worlds.windows(2).zip(&pauses) {
@@ -80,8 +80,8 @@ proptest! {
     /// A full resync of the same wishes finds nothing to do, and has the same result as following changes.
     #[test]
     fn incremental_equals_full(worlds in history()) {
-        let mut incremental = Engine::new(Memory::default());
-        let mut full = Engine::new(Memory::default());
+        let mut incremental = Engine::new(tables());
+        let mut full = Engine::new(tables());
         for world in &worlds {
             incremental.follow(world);
             full.full(world);
@@ -98,7 +98,7 @@ proptest! {
     fn every_prefix_is_safe_with_faults(worlds in history(), seed in 1..u32::MAX, percent in 1..60u32) {
         let mut random = seed;
         let mut engine = Engine::new(crate::dataplane::faulty::Faulty {
-            inner: Memory::default(),
+            inner: tables(),
             fails: Box::new(move |_: &crate::dataplane::Write| xorshift(&mut random) % 100 < percent) as Box<dyn FnMut(&crate::dataplane::Write) -> bool>,
         });
         // Clean to begin with: no promise holds for what never was.
@@ -138,7 +138,7 @@ proptest! {
     /// unsafe either.
     #[test]
     fn killed_at_any_point(worlds in history(), cut in any::<prop::sample::Index>()) {
-        let mut engine = Engine::new(Memory::default());
+        let mut engine = Engine::new(tables());
         let mut before = engine.dataplane.clone();
         for world in &worlds {
             before = engine.dataplane.clone();
