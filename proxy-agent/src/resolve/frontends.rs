@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use proxy_common::abi::{FrontendKind, FrontendValue, Origin, ServiceId};
 
 use super::{Context, Frontend, NodeFacts, Resolved};
-use crate::object::{Family, Problem, Service, ServicePort};
+use crate::object::{Family, Service, ServicePort};
 
 /// The frontends of one port in the family of its cluster IP, sorted, each address:port once (X6).
 pub(super) fn wanted(
@@ -44,20 +44,9 @@ pub(super) fn wanted(
 }
 
 /// The family's ranges, sorted; empty = open (F5, F6).
-pub(super) fn source_ranges(service: &Service, family: Family, problems: &mut Vec<Problem>) -> Vec<IpNet> {
+pub(super) fn source_ranges(service: &Service, family: Family) -> Vec<IpNet> {
     let of_family = service.source_ranges.iter().filter(|range| Family::of(&range.addr()) == family);
     let mut ranges: Vec<IpNet> = of_family.map(IpNet::trunc).collect();
-    let guarded = service.load_balancer_ips.iter().any(|address| Family::of(address) == family);
-    if ranges.is_empty() && !service.source_ranges.is_empty() && guarded {
-        problems.push(Problem {
-            object: format!("Service {}", service.key),
-            field: "spec.loadBalancerSourceRanges".to_owned(),
-            message: format!(
-                "no {0} range: its {0} load balancer addresses are open to all (F5)",
-                family.name()
-            ),
-        });
-    }
     if ranges.iter().any(|range| range.prefix_len() == 0) {
         ranges.clear();
     }

@@ -47,7 +47,7 @@ pub fn resolve<'a>(
         // S4: without a cluster IP of the family there is no node port and no external VIP of it either.
         let Some(cluster_ip) = *service.cluster_ip.get(family) else { continue };
         let endpoints = Endpoints::merge(&slices, family, &node, &mut problems);
-        let ranges = frontends::source_ranges(service, family, &mut problems);
+        let ranges = frontends::source_ranges(service, family);
         let load_balancer_ips = of_family(&service.load_balancer_ips, family);
         // F4: the node itself may dial a VIP that is also its own address, and then the VIP is the source.
         let source_exceptions = match facts.primary.get(family) {
