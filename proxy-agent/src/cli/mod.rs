@@ -105,8 +105,12 @@ impl Cli {
             (1, _) => "debug",
             (_, _) => "trace",
         };
-        let filter = EnvFilter::try_from_default_env()
-            .unwrap_or_else(|_| EnvFilter::new(format!("warn,proxy_agent={level},sheave={level}")));
+        // What goes wrong with the API server is said once, by the source; kube would say it at every try.
+        let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| {
+            EnvFilter::new(format!(
+                "warn,kube_client=off,kube_runtime=off,proxy_agent={level},sheave={level}"
+            ))
+        });
         let log =
             tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false);
         match self.logging_format {
