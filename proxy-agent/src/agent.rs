@@ -334,6 +334,7 @@ impl Told {
             }
             Change::Node(delta) => self.delta("Node", delta, |node| (node.name.clone(), &node.problems)),
             Change::OwnAddresses(_) => {}
+            Change::Mended(object) => self.tell(Source::Object, object.clone(), Vec::new()),
         }
     }
 
@@ -345,7 +346,13 @@ impl Told {
             }
             Err(unreadable) => {
                 let object = unreadable.problem.object.clone();
-                self.tell(Source::Object, object, vec![unreadable.problem.clone()]);
+                let mut problems = vec![unreadable.problem.clone()];
+                if unreadable.key.is_none() {
+                    // One file may have many; they hold until it is mended.
+                    let known = self.by_object.get(&(Source::Object, object.clone()));
+                    problems.extend(known.into_iter().flatten().cloned());
+                }
+                self.tell(Source::Object, object, problems);
             }
         };
         match delta {

@@ -66,6 +66,7 @@ impl Model {
     /// Takes in what a source reports and marks the Services that it changes (S11).
     pub fn apply(&mut self, change: Change) {
         match change {
+            Change::Mended(object) => self.services.forget_nameless(&object),
             Change::Service(delta) => {
                 for (key, _) in self.services.apply(delta) {
                     self.dirty.insert(key);

@@ -71,8 +71,8 @@ impl Object for Slice {
     }
 }
 
-/// Unreadable objects whose name is unknown that are remembered, per kind: nothing but the next list says that they are
-/// gone, so a source of junk must not fill the memory. Those beyond are not shown.
+/// Unreadable objects whose name is unknown that are remembered, per kind: where only the next list says that they are
+/// gone, a source of junk must not fill the memory. Those beyond are not shown.
 pub(super) const MAX_NAMELESS: usize = 100;
 
 /// All objects of one kind.
@@ -109,6 +109,11 @@ impl<T: Object> Store<T> {
     pub(super) fn problems(&self) -> impl Iterator<Item = &Problem> {
         let objects = self.objects.values().flat_map(Object::problems);
         objects.chain(self.unreadable.values()).chain(&self.nameless)
+    }
+
+    /// What was said of it is over.
+    pub(super) fn forget_nameless(&mut self, object: &str) {
+        self.nameless.retain(|problem| problem.object != object);
     }
 
     /// Returns what really changed, each with the state before.

@@ -258,6 +258,9 @@ pub enum Change {
     Node(Delta<Node>),
     /// All addresses on interfaces of this node, loopback ones left out.
     OwnAddresses(Vec<IpAddr>),
+    /// What was told of something without a key (a file, a Pod), named as in [`Problem::object`], holds no longer. What
+    /// still holds is told again.
+    Mended(String),
 }
 
 /// Changes that happened together: no state between them was ever wanted (E11, S13), so none is programmed.

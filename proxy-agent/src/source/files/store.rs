@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::document::{Broken, Entry, Id, Kind, Object, Parsed};
 use crate::object::{Change, Delta, Node, Problem, Read, Service, Slice, Unreadable};
@@ -62,6 +62,9 @@ impl Store {
             if old == said {
                 continue;
             }
+            if id.kind == Kind::Pod && old.broken.is_some() && old.broken != said.broken {
+                applied.push(Change::Mended(id.to_string()));
+            }
             self.feed_derive(&id, said.good.as_ref().map(|(object, _)| object.as_ref()));
             if said == Said::default() {
                 deleted.extend(deletion(id));
@@ -83,10 +86,11 @@ impl Store {
                 Change::Slice(Delta::Apply(_) | Delta::List(_))
                 | Change::Service(_)
                 | Change::Node(_)
-                | Change::OwnAddresses(_) => applied.push(change),
+                | Change::OwnAddresses(_)
+                | Change::Mended(_) => applied.push(change),
             }
         }
-        applied.extend(keyless.iter().flat_map(|broken| failure(Kind::Service, broken)));
+        applied.append(&mut keyless);
         applied.append(&mut deleted);
         applied
     }
@@ -112,7 +116,8 @@ impl Store {
                     Change::Node(Delta::List(_) | Delta::Delete(_))
                     | Change::Service(Delta::List(_) | Delta::Delete(_))
                     | Change::Slice(Delta::List(_) | Delta::Delete(_))
-                    | Change::OwnAddresses(_),
+                    | Change::OwnAddresses(_)
+                    | Change::Mended(_),
                 )
                 | None => {}
             }
@@ -131,7 +136,7 @@ impl Store {
         name: &str,
         parsed: Option<Parsed>,
         touched: &mut BTreeSet<Id>,
-        keyless: &mut Vec<Broken>,
+        keyless: &mut Vec<Change>,
     ) {
         let old = self.files.remove(name).unwrap_or_default();
         for id in old.objects.keys().chain(old.broken.iter().filter_map(|b| b.id.as_ref())) {
@@ -139,6 +144,13 @@ impl Store {
                 files.remove(name);
             }
             touched.insert(id.clone());
+        }
+        let is_keyless = |broken: &&Broken| broken.id.is_none();
+        let before: Vec<&Broken> = old.broken.iter().filter(is_keyless).collect();
+        let now: Vec<&Broken> = parsed.iter().flat_map(|p| &p.broken).filter(is_keyless).collect();
+        if before != now {
+            keyless.extend(before.first().map(|broken| Change::Mended(broken.unreadable().problem.object)));
+            keyless.extend(now.into_iter().filter_map(|broken| failure(Kind::Service, broken)));
         }
         let Some(Parsed { entries, broken }) = parsed else {
             return;
@@ -158,10 +170,8 @@ impl Store {
             }
         }
         for broken in new.broken.iter().filter(|broken| !old.broken.contains(broken)) {
-            warn!("{broken}; what it held before stays in force");
-            if broken.id.is_none() {
-                keyless.push(broken.clone());
-            }
+            // Whoever gets the changes tells people.
+            debug!("{broken}; what it held before stays in force");
         }
         for id in new.objects.keys().chain(new.broken.iter().filter_map(|b| b.id.as_ref())) {
             self.claims.entry(id.clone()).or_default().insert(name.to_owned());

@@ -50,6 +50,7 @@ fn show(changes: impl IntoIterator<Item = Change>) -> Vec<String> {
             Change::Slice(d) => delta("slice", d, |s: &Slice| s.key.clone()),
             Change::Node(d) => delta("node", d, |n| ObjectKey::new("", n.name.clone())),
             Change::OwnAddresses(_) => vec![],
+            Change::Mended(object) => vec![format!("~{object}")],
         })
         .collect()
 }
@@ -60,7 +61,11 @@ fn services(changes: &[Change]) -> Vec<Service> {
         .flat_map(|change| match change {
             Change::Service(Delta::List(list)) => list.iter().flatten().cloned().collect(),
             Change::Service(Delta::Apply(Ok(service))) => vec![service.clone()],
-            Change::Service(_) | Change::Slice(_) | Change::Node(_) | Change::OwnAddresses(_) => vec![],
+            Change::Service(_)
+            | Change::Slice(_)
+            | Change::Node(_)
+            | Change::OwnAddresses(_)
+            | Change::Mended(_) => vec![],
         })
         .collect()
 }
@@ -296,7 +301,7 @@ fn a_broken_document_takes_nothing_away_and_a_fixed_one_is_said() {
     assert!(said[0].starts_with("+svc ! file x.yaml |  | x.yaml:1: "), "{said:?}");
     assert_eq!(show(f.files.lists()).iter().filter(|l| l.starts_with("=svc default")).count(), 2);
     // Good again without one of the two: gone now.
-    assert_eq!(f.write("x.yaml", &service("b", "10.0.0.2")), ["-svc default/a"]);
+    assert_eq!(f.write("x.yaml", &service("b", "10.0.0.2")), ["~file x.yaml", "-svc default/a"]);
     // A document that was never good and goes again.
     assert_eq!(f.write("y.yaml", &service("c", "x").replace("port: 80", "port: []")).len(), 1);
     assert_eq!(f.remove("y.yaml"), ["-svc default/c"]);
@@ -351,7 +356,7 @@ fn pods_make_slices_that_follow_them() {
     assert_eq!(said.len(), 1);
     assert!(said[0].starts_with("+svc ! Pod default/p2 | spec.containers | q.yaml:6: "), "{said:?}");
     f.remove("p.yaml");
-    assert_eq!(f.remove("q.yaml"), ["-slice default/~derived:web:IPv4:0"]);
+    assert_eq!(f.remove("q.yaml"), ["~Pod default/p2", "-slice default/~derived:web:IPv4:0"]);
 }
 
 #[test]

@@ -291,7 +291,9 @@ async fn p9_only_what_is_read_of_the_node_is_reported() {
             Change::Node(Delta::List(list)) => zones.push(list[0].as_ref().unwrap().zone.clone().unwrap()),
             Change::Node(Delta::Apply(node)) => zones.push(node.unwrap().zone.unwrap()),
             Change::Node(Delta::Delete(key)) => zones.push(format!("-{key}")),
-            other @ (Change::Service(_) | Change::Slice(_) | Change::OwnAddresses(_)) => panic!("{other:?}"),
+            other @ (Change::Service(_) | Change::Slice(_) | Change::OwnAddresses(_) | Change::Mended(_)) => {
+                panic!("{other:?}")
+            }
         }
     }
     assert_eq!(zones, ["a", "b", "-n1", "b"]);
