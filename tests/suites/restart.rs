@@ -279,6 +279,8 @@ fn q8_ten_restarts_under_load() {
     let mut held = Vec::new();
     for client in &clients {
         for (transport, dial, _) in socket_kinds(V4, V6, 80).unwrap() {
+            // Patient: a machine that other tests keep busy may not run a server for seconds.
+            let dial = dial.timeout(Duration::from_secs(30));
             let spec = LoopSpec::new(transport, dial).pause(Duration::from_millis(3));
             loops.push((client, client.start_loop(spec).unwrap()));
             if transport == Transport::Tcp {
