@@ -201,7 +201,8 @@ impl Agent {
             links_made = made,
             links_updated = updated,
             after_ms = self.now_ms(),
-            "synced: every Service is programmed"
+            failed = self.failed.len(),
+            "synced"
         );
         Ok(())
     }
@@ -225,9 +226,21 @@ impl Agent {
         }
     }
 
-    /// Moves to tables of these sizes; `false` if they could not be filled, then the old ones stay in use.
+    /// Moves to tables of these sizes; `false` if they could not be made or filled, then the old ones stay in use and
+    /// serve what fits.
     fn move_to(&mut self, limits: Limits) -> Result<bool, kernel::Error> {
         tracing::info!(?limits, "moving to larger tables");
+        match self.try_move_to(limits) {
+            Ok(moved) => Ok(moved),
+            Err(error) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "no larger tables");
+                self.config.pins.remove_others(self.loaded.generation)?;
+                Ok(false)
+            }
+        }
+    }
+
+    fn try_move_to(&mut self, limits: Limits) -> Result<bool, kernel::Error> {
         let generation = self.loaded.generation + 1;
         self.config.pins.make_tables(generation)?;
         let mut loaded = Loaded::load(&self.config.pins, generation, limits, self.settings)?;

@@ -89,6 +89,10 @@ impl Cli {
             Ok(code) => code,
             // Somebody closed the pipe: `sheave get services | head`.
             Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+            Err(error) if error.is::<WrongCommandLine>() => {
+                let _ = writeln!(io::stderr(), "error: {error}");
+                ExitCode::from(2)
+            }
             Err(error) => {
                 // If standard error is gone too there is nobody left to tell.
                 let _ = writeln!(io::stderr(), "error: {error:#}");
@@ -119,6 +123,11 @@ impl Cli {
         }
     }
 }
+
+/// An option that clap could not judge, of a command whose exit code 2 others rely on (`cli-json.md`).
+#[derive(Debug, thiserror::Error)]
+#[error("{0:#}")]
+struct WrongCommandLine(anyhow::Error);
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)

@@ -129,7 +129,8 @@ impl PolicyArgs {
         const FLAG: &str = "--nodeport-addresses";
         let words: Vec<&str> =
             self.nodeport_addresses.iter().map(String::as_str).filter(|w| !w.is_empty()).collect();
-        if words == ["primary"] {
+        // Empty is the default, as in kube-proxy's configuration (O2): it must not open every address.
+        if words.is_empty() || words == ["primary"] {
             return Ok(NodePortAddresses::Primary);
         }
         if words.contains(&"primary") {

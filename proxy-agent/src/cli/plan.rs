@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 
 use super::options::{ControlArgs, ManifestArgs, NodeArgs, PolicyArgs};
-use super::{Output, block_on, print};
+use super::{Output, WrongCommandLine, block_on, print};
 use crate::control::{self, Rendered, Request};
 use crate::model::{Model, OwnAddresses};
 use crate::source::files;
@@ -36,7 +36,9 @@ impl OfflineArgs {
     /// The model of the manifests; `None`: ask the agent.
     pub(super) fn model(&self) -> Result<Option<Model>> {
         let Some(directory) = &self.manifests.manifests else { return Ok(None) };
-        let mut model = Model::new(self.node.name()?, self.policy.policy()?, OwnAddresses::FromNode);
+        let node = self.node.name().map_err(WrongCommandLine)?;
+        let policy = self.policy.policy().map_err(WrongCommandLine)?;
+        let mut model = Model::new(node, policy, OwnAddresses::FromNode);
         for change in files::load(directory).context("read the manifests")? {
             model.apply(change);
         }

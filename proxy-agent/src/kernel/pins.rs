@@ -122,7 +122,8 @@ impl Pins {
     /// If something cannot be removed.
     pub fn remove_all(&self) -> Result<bool, Error> {
         let root = self.root();
-        if !root.exists() {
+        // Not `exists`: whoever may not look would be told that there is nothing.
+        if !root.try_exists().map_err(Error::path("look for", &root))? {
             return Ok(false);
         }
         for link in fs::read_dir(self.links()).into_iter().flatten().flatten() {

@@ -21,16 +21,16 @@ use crate::dataplane::Limits;
 /// The kernel programs and their maps, as built: ELF.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sheave-bpf"));
 
-/// Programs, by name; the name is also that of the link's pin.
+/// Programs, in the order of attachment: the way back first, so that nobody is translated one way only. By name; the name is also that of the link's pin.
 pub const PROGRAMS: [&str; 8] = [
-    "sock_connect4",
-    "sock_connect6",
-    "sock_sendmsg4",
-    "sock_sendmsg6",
     "sock_recvmsg4",
     "sock_recvmsg6",
     "sock_getpeer4",
     "sock_getpeer6",
+    "sock_sendmsg4",
+    "sock_sendmsg6",
+    "sock_connect4",
+    "sock_connect6",
 ];
 
 /// `bpf_set_retval` came with it.

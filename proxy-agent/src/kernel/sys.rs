@@ -87,8 +87,9 @@ pub fn update_batch<K: Pod, V: Pod>(map: BorrowedFd<'_>, entries: &[(K, V)]) -> 
         let count = unsafe { attr.batch.count } as usize;
         match result {
             Ok(_) => done += chunk.len(),
-            // The kernel sets the count also on failure, but not if it refused the call as such.
-            Err(error) => return (done + count.min(chunk.len() - 1), Some(error)),
+            // The kernel sets the count also on failure, but not if it refused the call as such: then it still is what
+            // was asked for, and nothing was written.
+            Err(error) => return (done + if count < chunk.len() { count } else { 0 }, Some(error)),
         }
     }
     (done, None)

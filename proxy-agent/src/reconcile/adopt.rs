@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 
-use proxy_common::abi::{BackendId, ServiceId, SetWord};
+use proxy_common::abi::{Backend, BackendId, ServiceId, SetWord};
 
 use super::pool::{Places, Runs};
 use super::port::{Member, PortState, Run, SETS};
 use super::{Reconciler, References};
-use crate::dataplane::{Dataplane, RecordWord};
+use crate::dataplane::{Dataplane, RecordWord, Write};
 
 impl Reconciler {
     /// Reads the tables. A record that makes no sense is not adopted: the first sync points its frontends elsewhere, and
@@ -43,6 +43,13 @@ impl Reconciler {
                 state.frontends.insert(*key);
             }
         }
+        // Left by an agent that went while they rested: flows must not believe in them.
+        let strays = (0..limits.backends).filter(|index| !used.backends.contains(index));
+        let strays = strays.filter(|index| dataplane.backend(*index).is_live()).map(|index| Write::Backend {
+            index,
+            value: Backend::vacant(dataplane.backend(index).generation),
+        });
+        let strays = strays.collect();
         let generations = (0..limits.backends).map(|index| dataplane.backend(index).generation);
         let mut generations: Vec<u32> = generations.collect();
         generations
@@ -61,6 +68,7 @@ impl Reconciler {
             generations,
             slots: Runs::adopt(limits.slots, &used.runs),
             lost_track: false,
+            strays,
         })
     }
 }

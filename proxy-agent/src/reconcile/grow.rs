@@ -26,13 +26,16 @@ impl Report {
 }
 
 /// Sizes that hold all that is wanted, with half as much again to spare: for the first sync of a large cluster, which
-/// would otherwise grow again and again. Never smaller than `limits`.
+/// would otherwise grow again and again. Unchanged if it fits as it is, so that a restart writes nothing.
 pub fn roomy(limits: Limits, wanted: &[WantedService]) -> Limits {
     let ports = || wanted.iter().flat_map(|service| &service.ports);
     let slots = ports()
         .flat_map(|port| port.endpoints.values())
         .map(|s| usize::from(s.cluster) + usize::from(s.local));
     let roomy = |size: u32, wanted: usize, max: u32| {
+        if u32::try_from(wanted).is_ok_and(|wanted| wanted <= size) {
+            return size;
+        }
         let spare = u32::try_from(wanted + wanted / 2).unwrap_or(u32::MAX);
         if spare <= size { size } else { spare.checked_next_power_of_two().unwrap_or(max).min(max) }
     };

@@ -160,6 +160,8 @@ pub struct Reconciler {
     slots: Runs,
     /// A frontend could not be removed.
     lost_track: bool,
+    /// Backends found live in the kernel that belong to no record.
+    strays: Vec<Write>,
 }
 
 impl Reconciler {
@@ -173,6 +175,9 @@ impl Reconciler {
         now_ms: u64,
     ) -> Report {
         let mut report = Report::default();
+        // Before anything is written where they are.
+        let strays = std::mem::take(&mut self.strays);
+        report.writes += strays.len() - dataplane.apply(&strays).len();
         // Frontends that may have lost their owner, and where they pointed.
         let mut orphans: BTreeSet<(FrontendKey, ServiceId)> = BTreeSet::new();
         for (key, _) in self.take_astray(wanted, full) {
