@@ -30,7 +30,7 @@ const LASTS: Duration = Duration::from_secs(10);
 const CHANGES_AT_LEAST: usize = 2000;
 
 /// So many changes are written in a row before anybody waits for the kernel to have them.
-const BURST_MAX: u64 = 6;
+const BURST_MAX: u64 = 12;
 
 /// Between two attempts of a loop: the agent shall get a processor too.
 const PAUSE: Duration = Duration::from_millis(2);
