@@ -81,6 +81,12 @@ impl Engine {
         report
     }
 
+    /// Lets everything rest that waits for it.
+    pub(crate) fn rest(&mut self) {
+        self.now_ms += 2 * REST_MS;
+        self.reconciler.rest(&mut self.dataplane, self.now_ms);
+    }
+
     /// Syncs until nothing is left to do.
     pub(crate) fn settle(&mut self) {
         for _ in 0..4 {
