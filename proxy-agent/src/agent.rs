@@ -49,8 +49,6 @@ pub struct Agent {
     loaded: Loaded,
     settings: Settings,
     started: Instant,
-    /// Whether the first, full sync is done.
-    synced: bool,
     /// Services whose last programming failed.
     failed: BTreeMap<ObjectKey, String>,
     retry: Option<(Instant, Duration)>,
@@ -88,7 +86,6 @@ impl Agent {
             loaded,
             settings,
             started: Instant::now(),
-            synced: false,
             failed: BTreeMap::new(),
             retry: None,
             told: Told::default(),
@@ -160,7 +157,7 @@ impl Agent {
         let begun = Instant::now();
         let mut dirty = self.model.take_dirty();
         dirty.extend(self.failed.keys().cloned());
-        let full = !self.synced || self.reconciler.needs_full_sync();
+        let full = !self.status.synced || self.reconciler.needs_full_sync();
         if full {
             dirty.extend(self.model.services().cloned());
         }
@@ -176,7 +173,7 @@ impl Agent {
         let report = self.reconcile(&wanted, full)?;
         self.finish(&dirty, &report);
         self.status.synced(report.writes, begun.elapsed(), self.reconciler.frontend_count());
-        if !self.synced {
+        if !self.status.synced {
             self.first_sync(&report)?;
         }
         Ok(())
@@ -192,7 +189,6 @@ impl Agent {
     fn first_sync(&mut self, report: &Report) -> Result<(), kernel::Error> {
         let (made, updated) = self.loaded.attach(&self.config.cgroup)?;
         self.config.pins.remove_others(self.loaded.generation)?;
-        self.synced = true;
         self.status.synced = true;
         tracing::info!(
             services = self.model.services().count(),
@@ -209,10 +205,12 @@ impl Agent {
 
     /// Writes what is wanted, on larger tables if it does not fit. With `full` the room that it needs is known before.
     fn reconcile(&mut self, wanted: &[WantedService], full: bool) -> Result<Report, kernel::Error> {
-        let limits = self.kernel.limits();
-        let roomy = reconcile::roomy(limits, wanted);
-        if full && roomy != limits {
-            self.move_to(roomy)?;
+        if full {
+            let limits = self.kernel.limits();
+            let roomy = reconcile::roomy(limits, wanted);
+            if roomy != limits {
+                self.move_to(roomy)?;
+            }
         }
         let mut writes = 0;
         loop {
@@ -228,36 +226,43 @@ impl Agent {
 
     /// Moves to tables of these sizes; `false` if they could not be made or filled, then the old ones stay in use and
     /// serve what fits.
+    ///
+    /// # Errors
+    /// If the programs of the filled tables cannot all be attached: some hooks then use them and others do not, which
+    /// only a start with one set of tables puts right.
     fn move_to(&mut self, limits: Limits) -> Result<bool, kernel::Error> {
         tracing::info!(?limits, "moving to larger tables");
-        match self.try_move_to(limits) {
-            Ok(moved) => Ok(moved),
+        let generation = self.loaded.generation + 1;
+        let (mut loaded, kernel) = match self.fill(generation, limits) {
+            Ok(filled) => filled,
             Err(error) => {
                 tracing::error!(error = &error as &dyn std::error::Error, "no larger tables");
-                self.config.pins.remove_others(self.loaded.generation)?;
-                Ok(false)
+                if let Err(error) = self.config.pins.remove_tables(generation) {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "what was made of them stays");
+                }
+                return Ok(false);
             }
-        }
-    }
-
-    fn try_move_to(&mut self, limits: Limits) -> Result<bool, kernel::Error> {
-        let generation = self.loaded.generation + 1;
-        self.config.pins.make_tables(generation)?;
-        let mut loaded = Loaded::load(&self.config.pins, generation, limits, self.settings)?;
-        let mut kernel = Kernel::of(&loaded, &self.config.pins)?;
-        if let Err(failure) = self.reconciler.move_to(&mut kernel) {
-            tracing::error!(error = %failure.error, "the larger tables could not be filled");
-            self.config.pins.remove_others(self.loaded.generation)?;
-            return Ok(false);
-        }
-        if self.synced {
+        };
+        if self.status.synced {
             loaded.attach(&self.config.cgroup)?;
         }
         (self.loaded, self.kernel) = (loaded, kernel);
-        if self.synced {
+        if self.status.synced {
             self.config.pins.remove_others(generation)?;
         }
         Ok(true)
+    }
+
+    /// New tables with all that is written in them, and programs that use them. Nothing uses those programs yet.
+    fn fill(&mut self, generation: u32, limits: Limits) -> Result<(Loaded, Kernel), kernel::Error> {
+        let pins = &self.config.pins;
+        // Whatever an interrupted move left there is not complete.
+        pins.remove_tables(generation)?;
+        let loaded = Loaded::load(pins, generation, limits, self.settings)?;
+        let mut kernel = Kernel::of(&loaded, pins)?;
+        let filled = self.reconciler.move_to(&mut kernel);
+        filled.map_err(|failure| kernel::Error::path("fill", pins.tables(generation))(failure.error))?;
+        Ok((loaded, kernel))
     }
 
     /// Remembers what failed, says so once, and plans the next try.

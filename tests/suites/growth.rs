@@ -2,13 +2,16 @@
 
 #![expect(clippy::unwrap_used, reason = "the helpers of tests fail as tests do")]
 
-use std::time::Duration;
+use std::{fs, time::Duration};
+
+use anyhow::ensure;
+use nix::mount::{MsFlags, mount, umount};
 
 use sheave_tests::{
     lab::Shape,
     manifests::{Object, service},
     protocol::{Dial, LoopSpec, Transport},
-    scene::{Scene, TARGET, at, names, reach, slices},
+    scene::{Scene, TARGET, at, eventually, names, reach, slices},
 };
 
 /// More than the tables of [`SMALL`] hold.
@@ -89,5 +92,39 @@ fn a_large_cluster_is_programmed_by_a_small_start() {
     for number in 1..=MANY {
         let dial = Dial::new(at(&vip(number), 80).unwrap()).timeout(Duration::from_secs(2));
         reach(&client, Transport::Tcp, dial).unwrap();
+    }
+}
+
+/// Q5: larger tables cannot be made. What fits is served, and the rest as soon as they can.
+#[test]
+fn q5_without_larger_tables_what_fits_is_served() {
+    let mut scene = Scene::with(Shape { nodes: 1, pods: 2 }, &SMALL).unwrap();
+    scene.serve().unwrap();
+    scene.apply("svc-1", &sticky(&scene, 1)).unwrap();
+    let client = scene.pod(0).unwrap().client().unwrap();
+    let dial = |number| Dial::new(at(&vip(number), 80).unwrap()).timeout(Duration::from_secs(2));
+    // A mount point cannot be removed, so the next generation cannot be made.
+    let next = scene.node().unwrap().directory().join("bpffs/sheave/tables-v1-1");
+    fs::create_dir(&next).unwrap();
+    mount(Some("bpf"), &next, Some("bpf"), MsFlags::empty(), None::<&str>).unwrap();
+    for number in 2..=MANY {
+        scene.lab().manifests().write(&format!("svc-{number}"), &sticky(&scene, number)).unwrap();
+    }
+    eventually("the agent says what it cannot do", || {
+        let failed = scene.agent()?.status()?["failed"].as_object().map_or(0, |failed| failed.len());
+        ensure!(failed > 0 && scene.agent()?.log_tail().contains("no larger tables"));
+        Ok(())
+    })
+    .unwrap();
+    reach(&client, Transport::Tcp, dial(1)).unwrap();
+
+    umount(&next).unwrap();
+    eventually("all are programmed at last", || {
+        ensure!(scene.agent()?.status()?["failed"].as_object().is_some_and(|failed| failed.is_empty()));
+        Ok(())
+    })
+    .unwrap();
+    for number in 1..=MANY {
+        reach(&client, Transport::Tcp, dial(number)).unwrap();
     }
 }

@@ -71,7 +71,8 @@ impl Pins {
     }
 
     /// Generations of this layout that are pinned, lowest first. More than one means that an agent went in the middle of
-    /// a change; the lowest is complete, so that is the one to adopt.
+    /// a move. While it ran, the lowest was complete, so that is the one to adopt; an agent that went between attaching
+    /// after its *first* sync and removing the old tables leaves a lowest one that is older than what is attached.
     ///
     /// # Errors
     /// If the directory exists but cannot be read.
@@ -101,19 +102,12 @@ impl Pins {
         Ok(())
     }
 
-    /// Makes the directory of a generation anew: whatever an interrupted change left there is not complete.
+    /// Removes the tables of a generation, if there are any.
     ///
     /// # Errors
-    /// If it cannot be removed or made.
-    pub fn make_tables(&self, generation: u32) -> Result<(), Error> {
-        let tables = self.tables(generation);
-        match fs::remove_dir_all(&tables) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(Error::path("remove", &tables)(error));
-            }
-            Ok(()) | Err(_) => {}
-        }
-        fs::create_dir_all(&tables).map_err(Error::path("create", &tables))
+    /// If they cannot be removed.
+    pub fn remove_tables(&self, generation: u32) -> Result<(), Error> {
+        remove_directory(&self.tables(generation))
     }
 
     /// Removes everything: links first, so that no program runs on half of its maps. Returns whether there was anything.
@@ -130,13 +124,8 @@ impl Pins {
             // The removal below detaches too, only later; before 5.9 it is the only way.
             let _ = sys::object_get(&link.path()).and_then(|link| sys::link_detach(link.as_fd()));
         }
-        for directory in [self.links(), root] {
-            match fs::remove_dir_all(&directory) {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(Error::path("remove", &directory)(error)),
-            }
-        }
+        remove_directory(&self.links())?;
+        remove_directory(&root)?;
         Ok(true)
     }
 
@@ -153,6 +142,14 @@ impl Pins {
             names.extend(entry.file_name().into_string());
         }
         Ok(names)
+    }
+}
+
+/// One that is not there is as good as removed.
+fn remove_directory(path: &Path) -> Result<(), Error> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::path("remove", path)(error)),
+        Ok(()) | Err(_) => Ok(()),
     }
 }
 
