@@ -1,4 +1,4 @@
-//! Builds the kernel programs and puts the object where `dataplane::bpf` embeds it.
+//! Builds the kernel programs and puts the object where `kernel::programs` embeds it.
 //!
 //! A nested cargo with flags of its own: the programs are another target, need `-Zbuild-std`, and get two flags that
 //! `aya-build` cannot pass on (see below).
@@ -70,9 +70,11 @@ fn find_linker(root: &Path) -> Option<PathBuf> {
     if let Some(linker) = env::var_os("BPF_LINKER") {
         return Some(linker.into());
     }
-    let cache = env::var_os("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .or_else(|| env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")));
+    // As `cargo xtask setup` chooses it; the two crates share no code, since setup brings what this one needs.
+    let set = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let cache = set("XDG_CACHE_HOME")
+        .filter(|path| path.is_absolute())
+        .or_else(|| set("HOME").map(|home| home.join(".cache")));
     let brought = cache.map(|cache| cache.join("sheave/tools").join(BPF_LINKER).join("bin/bpf-linker"));
     let path = env::var_os("PATH").unwrap_or_default();
     let in_path = env::split_paths(&path).map(|dir| dir.join("bpf-linker"));

@@ -1,10 +1,11 @@
 //! Sheave's agent. Data flows one way:
 //!
 //! ```text
-//! source ── Change ──▶ model ── dirty Services ──▶ resolve ──▶ plan ── writes ──▶ dataplane (kernel maps)
+//! source ── Batch ──▶ model ── dirty Services ──▶ resolve, claims (wanted) ──▶ reconcile ── writes ──▶ dataplane
 //! ```
 //!
-//! Sources only report; `model`, `resolve` and `plan` are pure; only `dataplane` touches the kernel.
+//! Sources only report; `model`, `resolve`, `claims` and `wanted` are pure; `reconcile` sees the kernel only through the
+//! `dataplane` trait; `kernel` loads and attaches.
 
 pub mod agent;
 pub mod claims;

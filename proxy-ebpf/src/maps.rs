@@ -18,7 +18,9 @@ use proxy_common::{
     decide::Tables,
 };
 
-/// Writer: the agent. Not preallocated: with preallocation a slot may be reused while a program still reads it.
+/// Writer: the agent. Not preallocated: it costs memory for what is there. From kernel 6.1 on its elements are reused
+/// without waiting for readers, as with preallocation: a removed frontend's place may show another one's value to a
+/// program that is just reading it.
 #[map]
 static FRONTENDS: HashMap<FrontendKey, FrontendValue> = HashMap::with_max_entries(1 << 14, BPF_F_NO_PREALLOC);
 
@@ -107,14 +109,16 @@ impl Tables for Maps {
     #[inline(always)]
     fn backend(&self, index: u32) -> Option<Backend> {
         let backend = BACKENDS.get_ptr(index)?;
-        // SAFETY: in bounds. The agent writes a backend only where no set has pointed for a while.
+        // SAFETY: in bounds. The agent writes a new one only where no set has pointed for a while. A reader with a stale
+        // id may meet the writing; the generation that it checks is then 0 or another.
         Some(unsafe { *backend })
     }
 
     #[inline(always)]
     fn affinity_entry(&self, key: &AffinityKey) -> Option<AffinityEntry> {
         let entry = AFFINITY.get_ptr(key)?;
-        // SAFETY: readable until the program ends. A torn read names a backend that the set check refuses.
+        // SAFETY: always readable memory. An LRU element may be given to another key while it is read; what is read then
+        // is believed only if it names a live backend of the right set and epoch, which does not tell the Service.
         Some(unsafe { *entry })
     }
 
@@ -126,7 +130,7 @@ impl Tables for Maps {
     #[inline(always)]
     fn datagram_flow(&self, key: &DatagramKey) -> Option<DatagramFlow> {
         let flow = DATAGRAM_FLOWS.get_ptr(key)?;
-        // SAFETY: readable until the program ends.
+        // SAFETY: always readable memory; as above, the element may just be changing hands.
         Some(unsafe { *flow })
     }
 
@@ -134,8 +138,8 @@ impl Tables for Maps {
     fn remember_datagram_flow(&self, key: &DatagramKey, flow: &DatagramFlow) {
         // Writing through the pointer costs a fifth of an update of an existing key (25 against 137 ns).
         if let Some(stored) = DATAGRAM_FLOWS.get_ptr_mut(key) {
-            // SAFETY: readable and writable until the program ends; one socket's datagrams are rarely concurrent, and
-            // a lost update only ages the flow.
+            // SAFETY: always writable memory of the map. If the element changes hands at this moment, or two threads send
+            // on one socket, a flow may be mixed up until it is next chosen.
             unsafe { *stored = *flow };
         } else {
             let _ = DATAGRAM_FLOWS.insert(key, flow, 0);
@@ -145,7 +149,7 @@ impl Tables for Maps {
     #[inline(always)]
     fn datagram_origin(&self, key: &DatagramKey) -> Option<DatagramOrigin> {
         let origin = DATAGRAM_ORIGIN.get_ptr(key)?;
-        // SAFETY: readable until the program ends.
+        // SAFETY: always readable memory; as above.
         Some(unsafe { *origin })
     }
 
@@ -154,7 +158,8 @@ impl Tables for Maps {
         let _ = DATAGRAM_ORIGIN.insert(key, origin, 0);
     }
 
-    /// xorshift64*, seeded by the kernel: the kernel's own helper costs 40 ns a number, this 4.
+    /// xorshift64*, seeded by the kernel. Measured in sock_connect4: 182 ns with the kernel's helper, 150 with this, 138
+    /// with a constant.
     #[inline(always)]
     fn random(&self) -> u32 {
         let Some(state) = RANDOM.get_ptr_mut(0) else { return 0 };

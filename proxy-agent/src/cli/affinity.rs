@@ -12,11 +12,20 @@ use aya::maps::{HashMap, Map, MapData, MapError};
 use nix::sched::{CloneFlags, setns};
 use nix::time::{ClockId, clock_gettime};
 use proxy_common::abi::{AffinityEntry, AffinityKey, AffinitySlot, ClientKey, ServiceId};
+use serde::Serialize;
 
 use crate::dataplane::Dataplane;
 use crate::dataplane::bpf::Kernel;
 use crate::kernel::{Pins, netns_cookie, programs};
-use crate::view::explain::AffinityView;
+
+/// Where session affinity sends a client, as `cli-json.md` has it.
+#[derive(Serialize)]
+pub(super) struct AffinityView {
+    /// `ip:port`.
+    pub(super) endpoint: String,
+    /// Until the entry is dead (A3).
+    pub(super) expires_in_seconds: u64,
+}
 
 /// Where session affinity sends `client`, if it has a live entry for this record. A hook knows a client by its network
 /// namespace, the packet path by its address: whichever was used last counts.

@@ -5,9 +5,9 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use proxy_common::abi::ServiceId;
 
-use super::options::{ControlArgs, PinArgs};
-use super::{Output, block_on, print};
-use crate::control::{self, Request};
+use super::options::LiveArgs;
+use super::print;
+use crate::control::Request;
 use crate::dataplane::bpf::Kernel;
 use crate::dump;
 use crate::view::table::table;
@@ -17,12 +17,7 @@ pub(super) struct GetArgs {
     /// Which table.
     what: What,
     #[command(flatten)]
-    pins: PinArgs,
-    #[command(flatten)]
-    control: ControlArgs,
-    /// Form of the answer.
-    #[arg(short, long, value_enum, default_value = "table")]
-    output: Output,
+    live: LiveArgs,
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug)]
@@ -35,23 +30,25 @@ enum What {
 
 impl GetArgs {
     pub(super) fn run(&self) -> Result<ExitCode> {
-        let pins = self.pins.pins();
+        let pins = self.live.pins();
         let Some(kernel) = Kernel::open(&pins).context("open the tables")? else {
             bail!("no tables are pinned in {}: the agent has never run here", pins.root().display());
         };
         // Names are the agent's; the tables speak for themselves without it.
-        let names = block_on(control::ask(&self.control.control_socket, &Request::Names))?
+        let names = self
+            .live
+            .ask(&Request::Names)?
             .ok()
             .and_then(|names| serde_json::from_value::<BTreeMap<ServiceId, String>>(names).ok())
             .unwrap_or_default();
         match self.what {
             What::Services => {
                 let records = dump::records(&kernel, &names).context("read the tables")?;
-                print(&records, services(&records), self.output)
+                print(&records, services(&records), self.live.output)
             }
             What::Backends => {
                 let rows = dump::backends(&kernel, &names).context("read the tables")?;
-                print(&rows, backends(&rows), self.output)
+                print(&rows, backends(&rows), self.live.output)
             }
         }
     }

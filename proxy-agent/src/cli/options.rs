@@ -7,6 +7,8 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use ipnet::IpNet;
 
+use super::{Output, block_on};
+use crate::control::{self, Request};
 use crate::kernel::Pins;
 use crate::object::{Protocol, address};
 use crate::resolve::{DetectLocal, ExcludedFrontend, NodePortAddresses, Policy};
@@ -40,6 +42,29 @@ pub(super) struct ControlArgs {
     /// The agent's control socket.
     #[arg(long, value_name = "PATH", default_value = "/run/sheave/sheave.sock")]
     pub(super) control_socket: PathBuf,
+}
+
+/// Where a read command that looks at the kernel and asks the agent finds them.
+#[derive(Args, Clone, Debug)]
+pub(super) struct LiveArgs {
+    #[command(flatten)]
+    pins: PinArgs,
+    #[command(flatten)]
+    control: ControlArgs,
+    /// Form of the answer.
+    #[arg(short, long, value_enum, default_value = "table")]
+    pub(super) output: Output,
+}
+
+impl LiveArgs {
+    pub(super) fn pins(&self) -> Pins {
+        self.pins.pins()
+    }
+
+    /// The agent's answer; the outer error is ours.
+    pub(super) fn ask(&self, request: &Request) -> Result<Result<serde_json::Value, control::Error>> {
+        block_on(control::ask(&self.control.control_socket, request))
+    }
 }
 
 /// Which node this is.

@@ -6,31 +6,26 @@ use anyhow::Result;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::options::{ControlArgs, PinArgs};
-use super::{Output, block_on, print};
-use crate::control::{self, Request};
+use super::options::LiveArgs;
+use super::print;
+use crate::control::Request;
 use crate::kernel::programs;
 use crate::view::table::table;
 
 #[derive(Args, Debug)]
 pub(super) struct StatusArgs {
     #[command(flatten)]
-    pins: PinArgs,
-    #[command(flatten)]
-    control: ControlArgs,
-    /// Form of the answer.
-    #[arg(short, long, value_enum, default_value = "table")]
-    output: Output,
+    live: LiveArgs,
 }
 
 impl StatusArgs {
     /// What is in the kernel is shown also when no agent runs; then the code is 1.
     pub(super) fn run(&self) -> Result<ExitCode> {
-        let pins = self.pins.pins();
+        let pins = self.live.pins();
         let links: BTreeMap<&str, Option<u64>> = programs::links(&pins).into_iter().collect();
         let counters: BTreeMap<&str, u64> =
             programs::counters(&pins).unwrap_or_default().into_iter().collect();
-        let answer = block_on(control::ask(&self.control.control_socket, &Request::Status))?;
+        let answer = self.live.ask(&Request::Status)?;
         let (mut document, error) = match answer {
             Ok(document) => (document, None),
             Err(error) => (json!({"synced": false}), Some(format!("{:#}", anyhow::Error::new(error)))),
@@ -42,7 +37,7 @@ impl StatusArgs {
             fields.insert("counters".to_owned(), json!(counters));
         }
         let text = text(&document, links.len());
-        let printed = print(&document, text, self.output)?;
+        let printed = print(&document, text, self.live.output)?;
         Ok(if error.is_none() { printed } else { ExitCode::FAILURE })
     }
 }

@@ -17,6 +17,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 use proxy_common::abi::FrontendKind;
+use serde::Serialize;
 
 use self::endpoints::{Endpoints, Needs, ThisNode};
 pub use self::frontends::frontend_value;
@@ -276,8 +277,8 @@ pub struct Frontend {
     pub kind: FrontendKind,
 }
 
-/// An endpoint with the reason why it is used or not.
-#[derive(Clone, PartialEq, Eq, Debug)]
+/// An endpoint with the reason why it is used or not, as `sheave plan` prints it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct EndpointView {
     /// Address.
     pub address: IpAddr,

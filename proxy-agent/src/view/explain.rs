@@ -116,15 +116,6 @@ impl Path {
     }
 }
 
-/// Where session affinity sends the client, from live maps.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
-pub struct AffinityView {
-    /// `ip:port`.
-    pub endpoint: String,
-    /// Until the entry is dead (A3).
-    pub expires_in_seconds: u64,
-}
-
 /// The document. JSON by `Serialize`, text for people by `Display`.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct Explanation {
@@ -146,9 +137,6 @@ pub struct Explanation {
     pub origin: &'static str,
     /// What serves this client.
     pub path: Path,
-    /// Against live maps only.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub affinity: Option<AffinityView>,
     /// In words, with the rules.
     pub reason: String,
 }
@@ -198,7 +186,6 @@ pub fn explain_of(
         snat_endpoints: decision.snat,
         origin: origin_name(question.origin),
         path,
-        affinity: None,
         reason: format!("{}; {path_reason}", decision.reason),
     })
 }
@@ -519,9 +506,6 @@ impl fmt::Display for Explanation {
         line("origin", self.origin)?;
         line("set", self.set.unwrap_or("-"))?;
         line("path", self.path.name())?;
-        if let Some(affinity) = &self.affinity {
-            line("affinity", &format!("{} for {} s", affinity.endpoint, affinity.expires_in_seconds))?;
-        }
         line("why", &self.reason.replace("; ", "\n          "))?;
         if self.endpoints.is_empty() {
             return Ok(());

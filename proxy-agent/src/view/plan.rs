@@ -52,34 +52,7 @@ pub struct PlannedPort {
     /// H3.
     pub local_ready_endpoints: usize,
     /// Sorted.
-    pub endpoints: Vec<PlannedEndpoint>,
-}
-
-/// One endpoint of a service port.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
-pub struct PlannedEndpoint {
-    /// Canonical.
-    pub address: String,
-    /// The slice's port number.
-    pub port: u16,
-    /// `nodeName`.
-    pub node: Option<String>,
-    /// `zone`.
-    pub zone: Option<String>,
-    /// E8.
-    pub local: bool,
-    /// E7.
-    pub ready: bool,
-    /// E7.
-    pub serving: bool,
-    /// E7.
-    pub terminating: bool,
-    /// P3.
-    pub in_cluster_set: bool,
-    /// P4.
-    pub in_local_set: bool,
-    /// In words, with the rule.
-    pub reason: String,
+    pub endpoints: Vec<EndpointView>,
 }
 
 impl PlannedPort {
@@ -116,8 +89,8 @@ fn planned(resolved: &Resolved, claims: &Claims) -> PlannedPort {
     frontends.sort_by(|a, b| (&a.address, a.port).cmp(&(&b.address, b.port)));
     let mut source_ranges: Vec<String> = resolved.source_ranges.iter().map(ToString::to_string).collect();
     source_ranges.sort();
-    let mut endpoints: Vec<PlannedEndpoint> = resolved.endpoints.iter().map(PlannedEndpoint::from).collect();
-    endpoints.sort_by(|a, b| (&a.address, a.port).cmp(&(&b.address, b.port)));
+    let mut endpoints = resolved.endpoints.clone();
+    endpoints.sort_by_cached_key(|endpoint| (endpoint.address.to_string(), endpoint.port));
     PlannedPort {
         namespace: resolved.key.service.namespace.clone(),
         name: resolved.key.service.name.clone(),
@@ -133,24 +106,6 @@ fn planned(resolved: &Resolved, claims: &Claims) -> PlannedPort {
         health_check_node_port: resolved.health_check_node_port,
         local_ready_endpoints: resolved.local_ready_endpoints,
         endpoints,
-    }
-}
-
-impl From<&EndpointView> for PlannedEndpoint {
-    fn from(view: &EndpointView) -> Self {
-        Self {
-            address: view.address.to_string(),
-            port: view.port,
-            node: view.node.clone(),
-            zone: view.zone.clone(),
-            local: view.local,
-            ready: view.ready,
-            serving: view.serving,
-            terminating: view.terminating,
-            in_cluster_set: view.in_cluster_set,
-            in_local_set: view.in_local_set,
-            reason: view.reason.clone(),
-        }
     }
 }
 
@@ -203,7 +158,7 @@ impl fmt::Display for PlannedPort {
         }
         let rows = self.endpoints.iter().map(|endpoint| {
             vec![
-                place(&endpoint.address, endpoint.port),
+                SocketAddr::new(endpoint.address, endpoint.port).to_string(),
                 endpoint.node.clone().unwrap_or_else(|| "-".to_owned()),
                 endpoint.zone.clone().unwrap_or_else(|| "-".to_owned()),
                 endpoint.reason.clone(),

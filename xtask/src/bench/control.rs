@@ -5,7 +5,6 @@ use std::{collections::BTreeMap, fs, thread, time::Duration};
 use anyhow::{Context, Result, ensure};
 use sheave_tests::{
     engine::monotonic_ns,
-    measure::Probe,
     protocol::{Dial, LoopSpec, Transport},
 };
 
@@ -92,15 +91,8 @@ fn flips(world: &World, effort: &Effort, report: &mut Report) -> Result<()> {
         let before = if group == Group::A { Group::B } else { Group::A };
         let old = World::source(Family::V4, before).to_string();
         let (begin_ns, change) = thread::scope(|scope| {
-            let prober = scope.spawn(|| {
-                world.client().await_change(
-                    Probe::Source,
-                    vip,
-                    &old,
-                    Some(CLIENT_CPU),
-                    Duration::from_secs(10),
-                )
-            });
+            let prober = scope
+                .spawn(|| world.client().await_change(vip, &old, Some(CLIENT_CPU), Duration::from_secs(10)));
             // The prober looks every few microseconds by then; the wait differs so that nothing falls into step.
             thread::sleep(Duration::from_micros(20_000 + u64::from(flip * 37 % 1000)));
             let begin_ns = monotonic_ns();

@@ -1,0 +1,297 @@
+//! What the client does: the loops of a slice, and the probers.
+
+use std::{
+    io::{Read, Write},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream, UdpSocket},
+    os::fd::{AsRawFd, OwnedFd},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use nix::{
+    libc,
+    sys::socket::{
+        AddressFamily, SockFlag, SockType, SockaddrStorage, connect, setsockopt, socket, sockopt::Linger,
+    },
+};
+
+use super::{All, Change, ECHO, STREAM_BLOCK_BYTES, SWALLOW, Samples, Slice, What};
+use crate::engine::monotonic_ns;
+
+/// Connects of one sample where a single one is too short for the clock.
+const BATCH: u32 = 32;
+
+/// A slice keeps at most so many samples: more are not needed for a median, and a report shall stay readable.
+const SAMPLES_MAX: usize = 100_000;
+
+/// Sockets that are checked before each slice.
+const CHECKS: usize = 32;
+
+/// What a lost datagram or a stuck connection may take before the slice fails.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long the prober of a start waits between two looks: it must not take the CPU from what it waits for.
+const LOOK_PAUSE: Duration = Duration::from_micros(500);
+
+/// Draws destinations: xorshift64*, which is cheap and good enough not to repeat itself.
+struct Draw<'a> {
+    targets: &'a [SockaddrStorage],
+    state: u64,
+}
+
+impl<'a> Draw<'a> {
+    fn new(targets: &'a [SockaddrStorage], seed: u64) -> Self {
+        // Zero would stay zero.
+        Self { targets, state: seed | 1 << 63 }
+    }
+
+    fn next(&mut self) -> &'a SockaddrStorage {
+        &self.targets[self.index()]
+    }
+
+    fn index(&mut self) -> usize {
+        self.state ^= self.state >> 12;
+        self.state ^= self.state << 25;
+        self.state ^= self.state >> 27;
+        let random = self.state.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32;
+        // Multiply and shift gives an index below the length.
+        let index = (random * self.targets.len() as u64) >> 32;
+        usize::try_from(index).unwrap_or_default()
+    }
+}
+
+pub(super) fn run(slice: &Slice, targets: &[SocketAddr]) -> Result<Samples> {
+    let Some(first) = targets.first() else { bail!("no destinations") };
+    let family = family_of(*first);
+    let raw: Vec<_> = targets.iter().map(|target| SockaddrStorage::from(*target)).collect();
+    let mut draw = Draw::new(&raw, slice.seed);
+    if let Some(source) = slice.source {
+        for _ in 0..CHECKS {
+            let found = source_of(family, draw.next())?;
+            if found != source {
+                bail!("a destination is not led to a backend: the socket's address is {found}, not {source}");
+            }
+        }
+    }
+    let mut slices = Collector::new(slice.duration);
+    match slice.what {
+        What::UdpConnect => {
+            let descriptor = new_socket(family, SockType::Datagram)?;
+            let raw_descriptor = descriptor.as_raw_fd();
+            while slices.goes_on() {
+                let begin = Instant::now();
+                for _ in 0..BATCH {
+                    connect(raw_descriptor, draw.next()).context("connect (UDP)")?;
+                }
+                slices.keep(begin.elapsed() / BATCH);
+            }
+        }
+        What::UdpSocket => {
+            while slices.goes_on() {
+                let begin = Instant::now();
+                for _ in 0..BATCH {
+                    let descriptor = new_socket(family, SockType::Datagram)?;
+                    connect(descriptor.as_raw_fd(), draw.next()).context("connect (UDP)")?;
+                }
+                slices.keep(begin.elapsed() / BATCH);
+            }
+        }
+        What::TcpConnect => {
+            let at_once = libc::linger { l_onoff: 1, l_linger: 0 };
+            while slices.goes_on() {
+                let descriptor = new_socket(family, SockType::Stream)?;
+                let target = draw.next();
+                let begin = Instant::now();
+                connect(descriptor.as_raw_fd(), target).with_context(|| format!("connect to {target}"))?;
+                slices.keep(begin.elapsed());
+                setsockopt(&descriptor, Linger, &at_once).context("SO_LINGER")?;
+            }
+        }
+        What::TcpCrr => {
+            while slices.goes_on() {
+                let target = draw.next();
+                let begin = Instant::now();
+                let mut stream = tcp(family, target)?;
+                round_trip(&mut stream)?;
+                drop(stream);
+                slices.keep(begin.elapsed());
+            }
+        }
+        What::TcpRr => {
+            let mut stream = tcp(family, draw.next())?;
+            stream.set_nodelay(true).context("TCP_NODELAY")?;
+            round_trip(&mut stream)?;
+            while slices.goes_on() {
+                let begin = Instant::now();
+                round_trip(&mut stream)?;
+                slices.keep(begin.elapsed());
+            }
+        }
+        What::UdpExchange => udp_exchange(family, targets, &mut draw, &mut slices)?,
+        What::Stream => {
+            let mut stream = tcp(family, draw.next())?;
+            stream.write_all(&[SWALLOW]).context("starting a stream")?;
+            let block = vec![0; STREAM_BLOCK_BYTES];
+            while slices.goes_on() {
+                stream.write_all(&block).context("sending a block")?;
+                slices.bytes += block.len() as u64;
+            }
+            stream.shutdown(Shutdown::Write).context("ending a stream")?;
+            // The server closes when it has read everything: the cost of both ends falls into the slice.
+            stream.read(&mut [0]).context("waiting for the end of a stream")?;
+        }
+    }
+    Ok(slices.end())
+}
+
+fn udp_exchange(
+    family: AddressFamily,
+    targets: &[SocketAddr],
+    draw: &mut Draw<'_>,
+    slices: &mut Collector,
+) -> Result<()> {
+    let local: IpAddr = if family == AddressFamily::Inet {
+        Ipv4Addr::UNSPECIFIED.into()
+    } else {
+        Ipv6Addr::UNSPECIFIED.into()
+    };
+    let socket = UdpSocket::bind((local, 0)).context("binding a UDP socket")?;
+    socket.set_read_timeout(Some(PATIENCE)).context("SO_RCVTIMEO")?;
+    let mut buffer = [0; 64];
+    let mut number = 0_u64;
+    while slices.goes_on() {
+        let target = targets.get(draw.index()).context("a destination")?;
+        number += 1;
+        let question = number.to_ne_bytes();
+        let begin = Instant::now();
+        socket.send_to(&question, target).with_context(|| format!("sendto {target}"))?;
+        let (length, from) =
+            socket.recv_from(&mut buffer).with_context(|| format!("no answer from {target}"))?;
+        slices.keep(begin.elapsed());
+        if buffer.get(..length) != Some(&question[..]) || from != *target {
+            bail!("asked {target}, answered by {from}");
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn new_socket(family: AddressFamily, kind: SockType) -> Result<OwnedFd> {
+    socket(family, kind, SockFlag::SOCK_CLOEXEC, None).context("socket")
+}
+
+fn tcp(family: AddressFamily, target: &SockaddrStorage) -> Result<TcpStream> {
+    let descriptor = new_socket(family, SockType::Stream)?;
+    connect(descriptor.as_raw_fd(), target).with_context(|| format!("connect to {target}"))?;
+    Ok(TcpStream::from(descriptor))
+}
+
+fn round_trip(stream: &mut TcpStream) -> Result<()> {
+    let mut answer = [0];
+    stream.write_all(&[ECHO]).context("sending a byte")?;
+    stream.read_exact(&mut answer).context("receiving a byte")?;
+    if answer != [ECHO] {
+        bail!("sent {ECHO}, received {answer:?}");
+    }
+    Ok(())
+}
+
+/// The source address that the kernel gives a new UDP socket towards a destination.
+fn source_of(family: AddressFamily, target: &SockaddrStorage) -> Result<IpAddr> {
+    let descriptor = new_socket(family, SockType::Datagram)?;
+    connect(descriptor.as_raw_fd(), target).context("connect (UDP)")?;
+    Ok(UdpSocket::from(descriptor).local_addr().context("getsockname")?.ip())
+}
+
+/// Samples until the time is over.
+struct Collector {
+    begin: Instant,
+    duration: Duration,
+    ns: Vec<u64>,
+    bytes: u64,
+}
+
+impl Collector {
+    fn new(duration: Duration) -> Self {
+        // No growing while the clock runs.
+        Self { ns: Vec::with_capacity(SAMPLES_MAX), bytes: 0, duration, begin: Instant::now() }
+    }
+
+    fn goes_on(&self) -> bool {
+        self.begin.elapsed() < self.duration && self.ns.len() < SAMPLES_MAX
+    }
+
+    fn keep(&mut self, sample: Duration) {
+        self.ns.push(u64::try_from(sample.as_nanos()).unwrap_or(u64::MAX));
+    }
+
+    fn end(self) -> Samples {
+        let elapsed_ns = u64::try_from(self.begin.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        Samples { ns: self.ns, bytes: self.bytes, elapsed_ns }
+    }
+}
+
+pub(super) fn await_change(to: SocketAddr, from: String, timeout: Duration) -> Result<Change> {
+    let deadline = Instant::now() + timeout;
+    let family = family_of(to);
+    let raw = SockaddrStorage::from(to);
+    let look = || source_of(family, &raw).map(|source| source.to_string());
+    let mut change = Change { from, ..Change::default() };
+    loop {
+        let begin_ns = monotonic_ns();
+        let seen = look();
+        let end_ns = monotonic_ns();
+        change.looks += 1;
+        match seen {
+            Ok(seen) if seen == change.from => change.last_old_ns = begin_ns,
+            Ok(seen) => {
+                (change.to, change.first_new_ns) = (seen, end_ns);
+                break;
+            }
+            Err(_) => change.failures += 1,
+        }
+        if Instant::now() > deadline {
+            bail!("{to} leads to {} for {timeout:?} and more", change.from);
+        }
+    }
+    for _ in 0..CHECKS {
+        if look()? == change.from {
+            change.stale += 1;
+        }
+    }
+    Ok(change)
+}
+
+pub(super) fn await_all(targets: &[SocketAddr], source: IpAddr, timeout: Duration) -> Result<All> {
+    let deadline = Instant::now() + timeout;
+    let Some(last) = targets.last() else { bail!("no destinations") };
+    let family = family_of(*last);
+    let is_led =
+        |target: &SocketAddr| Ok::<_, anyhow::Error>(source_of(family, &(*target).into())? == source);
+    let late = |what: &SocketAddr| format!("{what} was led nowhere within {timeout:?}");
+    while !is_led(last)? {
+        if Instant::now() > deadline {
+            bail!("{}", late(last));
+        }
+        thread::sleep(LOOK_PAUSE);
+    }
+    let mut all = All { last_ns: monotonic_ns(), ..All::default() };
+    for target in targets {
+        if is_led(target)? {
+            continue;
+        }
+        all.late += 1;
+        while !is_led(target)? {
+            if Instant::now() > deadline {
+                bail!("{}", late(target));
+            }
+            thread::sleep(LOOK_PAUSE);
+        }
+    }
+    all.all_ns = monotonic_ns();
+    Ok(all)
+}
+
+pub(super) fn family_of(address: SocketAddr) -> AddressFamily {
+    if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
+}
