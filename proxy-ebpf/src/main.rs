@@ -10,9 +10,13 @@ mod context;
 mod getpeername;
 mod maps;
 mod recvmsg;
+mod packet;
 mod sendmsg;
 
-use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
+use aya_ebpf::{
+    macros::{cgroup_sock_addr, classifier},
+    programs::{SockAddrContext, TcContext},
+};
 use context::{V4, V6};
 
 /// TCP and UDP `connect()` over IPv4.
@@ -61,6 +65,18 @@ pub fn sock_getpeer4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(getpeername6)]
 pub fn sock_getpeer6(ctx: SockAddrContext) -> i32 {
     getpeername::run::<V6>(&ctx)
+}
+
+/// Packets that come in by a device of the node: what is for a VIP goes to a backend, and replies find their client.
+#[classifier]
+pub fn tc_ingress(ctx: TcContext) -> i32 {
+    packet::ingress(&ctx)
+}
+
+/// Packets that leave by a device of the node: replies get the VIP back, and sources are replaced (M).
+#[classifier]
+pub fn tc_egress(ctx: TcContext) -> i32 {
+    packet::egress(&ctx)
 }
 
 #[panic_handler]

@@ -7,13 +7,15 @@ use aya_ebpf::{
     btf_maps::SkStorage,
     helpers::{bpf_get_prandom_u32, bpf_ktime_get_ns},
     macros::{btf_map, map},
-    maps::{Array, HashMap, LruHashMap, PerCpuArray},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray},
 };
 use proxy_common::{
     abi::{
-        AffinityEntry, AffinityKey, AffinityWord, Backend, BackendId, DatagramFlow, DatagramKey,
-        DatagramOrigin, FrontendKey, FrontendValue, Outcome, ServiceId, ServiceRecord, SetWord, SocketOrigin,
+        Address, AffinityEntry, AffinityKey, AffinityWord, Backend, BackendId, DatagramFlow, DatagramKey,
+        DatagramOrigin, Device, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey, FrontendValue,
+        Outcome, PacketSettings, ServiceId, ServiceRecord, SetWord, SnatKey, SocketOrigin, SourceRange,
         WhichSet,
+        packet::{FLOW_PLACES, SNAT_PLACES, VIP_PLACES},
     },
     decide::Tables,
 };
@@ -59,6 +61,55 @@ static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Outcome::ALL.l
 /// State of the random numbers of each CPU. Writer: the programs.
 #[map]
 static RANDOM: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
+
+/// Writer: the agent. Addresses that are cluster IPs of proxied Services: what no Service has there is refused (Z6).
+#[map]
+pub(crate) static CLUSTER_IPS: HashMap<Address, u32> =
+    HashMap::with_max_entries(1 << 20, BPF_F_NO_PREALLOC);
+
+/// Writer: the agent. By interface index.
+#[map]
+pub(crate) static DEVICES: HashMap<u32, Device> = HashMap::with_max_entries(1 << 14, BPF_F_NO_PREALLOC);
+
+/// Writer: the agent.
+#[map]
+pub(crate) static PACKET_SETTINGS: Array<PacketSettings> = Array::with_max_entries(1, 0);
+
+/// Writer: the agent.
+#[map]
+pub(crate) static SOURCE_RANGES: LpmTrie<SourceRange, u32> = LpmTrie::with_max_entries(1 << 18, BPF_F_NO_PREALLOC);
+
+/// Writer: the agent, through memory.
+#[map]
+pub(crate) static VIPS: Array<[u8; VIP_PLACES]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+/// Writers: the programs, and the agent, which ages it through memory.
+#[map]
+pub(crate) static FLOW_FILTER: Array<[u8; FLOW_PLACES]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+/// Writer: the programs.
+#[map]
+pub(crate) static SNAT_PORTS: Array<[u8; SNAT_PLACES]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+/// Writer: the programs; the agent removes what is old.
+#[map]
+pub(crate) static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(1 << 16, 0);
+
+/// Writer: the programs.
+#[map]
+pub(crate) static YOUNG_FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(1 << 14, 0);
+
+/// Writer: the programs; the agent removes what is old.
+#[map]
+pub(crate) static SNAT: HashMap<SnatKey, FlowKey> = HashMap::with_max_entries(1 << 16, 0);
+
+/// Writer: the programs.
+#[map]
+pub(crate) static YOUNG_SNAT: LruHashMap<SnatKey, FlowKey> = LruHashMap::with_max_entries(1 << 14, 0);
+
+/// Writer: the programs.
+#[map]
+pub(crate) static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts> = LruHashMap::with_max_entries(1 << 12, 0);
 
 /// Counts one way out.
 #[inline(always)]

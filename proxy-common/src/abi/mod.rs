@@ -30,7 +30,9 @@ pub mod affinity;
 pub mod backend;
 pub mod counter;
 pub mod datagram;
+pub mod flow;
 pub mod frontend;
+pub mod packet;
 pub mod service;
 pub mod socket;
 
@@ -39,7 +41,9 @@ pub use affinity::{AffinityEntry, AffinityKey, AffinitySlot, ClientKey};
 pub use backend::{Backend, BackendId, BackendState};
 pub use counter::Outcome;
 pub use datagram::{DatagramFlow, DatagramKey, DatagramOrigin};
+pub use flow::{Flow, FlowKey, FragmentKey, FragmentPorts, SnatKey};
 pub use frontend::{FrontendKey, FrontendKind, FrontendValue, Origin, Protocol};
+pub use packet::{Device, PacketSettings, Prefix, SourceRange};
 pub use service::{AffinityWord, ServiceId, ServiceRecord, SetWord, WhenEmpty, WhichSet};
 pub use socket::SocketOrigin;
 

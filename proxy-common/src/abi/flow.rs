@@ -1,0 +1,189 @@
+//! `FLOWS` and `YOUNG_FLOWS`: client endpoint → connection, and `SNAT` and `YOUNG_SNAT`: replaced source → client.
+//! Written by the kernel programs; the agent removes what is old.
+//!
+//! A connection is young until it is first answered. Young ones live in LRU tables, where a flood of them turns over
+//! nothing but each other; answered ones live in preallocated hashes, where nothing is ever thrown out.
+
+use super::{Address, BackendId, Port, ServiceId};
+
+/// The client's side of a connection, as it is inside the node (before any source is replaced).
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct FlowKey {
+    /// The client.
+    pub client: Address,
+    /// Its port.
+    pub port: Port,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// One client port may talk to several VIPs: each has a slot of its own (M11).
+    pub slot: u8,
+}
+
+layout!(FlowKey, size = 20, fields = Address, Port, u8, u8);
+
+impl FlowKey {
+    /// How many VIPs one client port can talk to at a time.
+    pub const SLOTS: u8 = 4;
+
+    /// Slot 0.
+    #[inline(always)]
+    pub const fn new(client: Address, port: Port, protocol: u8) -> Self {
+        Self { client, port, protocol, slot: 0 }
+    }
+
+    /// The same in another slot.
+    #[inline(always)]
+    #[must_use]
+    pub const fn in_slot(mut self, slot: u8) -> Self {
+        self.slot = slot;
+        self
+    }
+}
+
+/// One connection.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Flow {
+    /// What was dialled.
+    pub vip: Address,
+    /// Where it goes.
+    pub backend: Address,
+    /// The source that the backend sees, if it is replaced; unset until the first packet leaves.
+    pub snat: Address,
+    /// Which backend that is; a datagram flow stays only while it serves (C2).
+    pub backend_id: BackendId,
+    /// When a packet last passed: nanoseconds of the monotonic clock, kept to within a second.
+    pub used_ns: u64,
+    /// Whose VIP it was.
+    pub service: ServiceId,
+    /// Dialled port.
+    pub vip_port: Port,
+    /// The backend's port.
+    pub backend_port: Port,
+    /// Replaced source port; 0: none yet.
+    pub snat_port: Port,
+    /// The port that the client has inside the node, where its own would clash with another flow (M11); 0: its own.
+    pub inner_port: Port,
+    /// See the constants.
+    pub flags: u32,
+}
+
+layout!(
+    Flow,
+    size = 80,
+    fields = Address,
+    Address,
+    Address,
+    BackendId,
+    u64,
+    ServiceId,
+    Port,
+    Port,
+    Port,
+    Port,
+    u32
+);
+
+impl Flow {
+    /// The source must be replaced when the packet leaves (rule M).
+    pub const NEEDS_SNAT: u32 = 1;
+    /// The backend has answered.
+    pub const ANSWERED: u32 = 2;
+    /// The client has ended its direction (TCP FIN).
+    pub const CLIENT_FIN: u32 = 4;
+    /// The backend has ended its direction (TCP FIN).
+    pub const BACKEND_FIN: u32 = 8;
+    /// Either side has cut it (TCP RST).
+    pub const RESET: u32 = 16;
+    /// The client is a process of this node that no socket hook saw: replies go back to it here.
+    pub const OWN_NODE: u32 = 32;
+
+    /// Whether nothing more is expected: the client's port may be used for a new connection.
+    #[inline(always)]
+    pub const fn is_over(&self) -> bool {
+        const BOTH: u32 = Flow::CLIENT_FIN | Flow::BACKEND_FIN;
+        self.flags & Self::RESET != 0 || self.flags & BOTH == BOTH
+    }
+
+    /// Whether the source is replaced.
+    #[inline(always)]
+    pub const fn needs_snat(&self) -> bool {
+        self.flags & Self::NEEDS_SNAT != 0
+    }
+}
+
+/// How a replaced source comes back: the destination and source of the backend's reply.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct SnatKey {
+    /// The replaced source.
+    pub snat: Address,
+    /// Who was sent to.
+    pub backend: Address,
+    /// The replaced source port.
+    pub snat_port: Port,
+    /// The backend's port.
+    pub backend_port: Port,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Always 0.
+    pub zero: u8,
+    /// Always 0.
+    pub zeros: u16,
+}
+
+layout!(SnatKey, size = 40, fields = Address, Address, Port, Port, u8, u8, u16);
+
+/// `FRAGMENTS`: LRU hash. Only the first fragment of a packet has its ports.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct FragmentKey {
+    /// Source of the fragment, as it is at the hook.
+    pub source: Address,
+    /// Its destination.
+    pub destination: Address,
+    /// Identification: 16 bits of IPv4 or 32 of IPv6, as they lie in the header.
+    pub id: u32,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// 0 at ingress, 1 at egress: the addresses differ, but need not.
+    pub at_egress: u8,
+    /// Always 0.
+    pub zero: u16,
+}
+
+layout!(FragmentKey, size = 40, fields = Address, Address, u32, u8, u8, u16);
+
+/// What the first fragment said.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct FragmentPorts {
+    /// Source port.
+    pub source: Port,
+    /// Destination port.
+    pub destination: Port,
+}
+
+layout!(FragmentPorts, size = 4, fields = Port, Port);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use core::net::IpAddr;
+
+    #[test]
+    fn flow_key_bytes() {
+        let key = FlowKey::new(IpAddr::from([10, 0, 0, 9]).into(), Port::new(40000), 6).in_slot(2);
+        // SAFETY: the layout assertion proves 20 bytes without padding.
+        let bytes: [u8; 20] = unsafe { core::mem::transmute(key) };
+        assert_eq!(bytes, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 0, 0, 9, 0x9c, 0x40, 6, 2]);
+    }
+
+    #[test]
+    fn over_is_both_directions_or_a_reset() {
+        let flow = |flags| Flow { flags, ..Flow::default() };
+        assert!(!flow(Flow::CLIENT_FIN | Flow::ANSWERED).is_over() && !flow(Flow::BACKEND_FIN).is_over());
+        assert!(flow(Flow::CLIENT_FIN | Flow::BACKEND_FIN).is_over() && flow(Flow::RESET).is_over());
+    }
+}
