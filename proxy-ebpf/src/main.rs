@@ -9,8 +9,8 @@ mod connect;
 mod context;
 mod getpeername;
 mod maps;
-mod recvmsg;
 mod packet;
+mod recvmsg;
 mod sendmsg;
 
 use aya_ebpf::{

@@ -17,7 +17,7 @@ use proxy_common::{
         WhichSet,
         packet::{FLOW_PLACES, SNAT_PLACES, VIP_PLACES},
     },
-    decide::Tables,
+    decide::{Tables, packet::Headers},
 };
 
 /// Writer: the agent. Not preallocated: it costs memory for what is there. From kernel 6.1 on its elements are reused
@@ -58,14 +58,21 @@ pub(crate) static SOCKET_ORIGIN: SkStorage<SocketOrigin> = SkStorage::new();
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Outcome::ALL.len() as u32, 0);
 
+/// What one step of the packet path tells the next. Writer: the programs.
+#[map]
+pub(crate) static HEADERS: PerCpuArray<Headers> = PerCpuArray::with_max_entries(1, 0);
+
+/// As [`HEADERS`]: the flow of a new connection.
+#[map]
+pub(crate) static FLOW: PerCpuArray<Flow> = PerCpuArray::with_max_entries(1, 0);
+
 /// State of the random numbers of each CPU. Writer: the programs.
 #[map]
 static RANDOM: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
 /// Writer: the agent. Addresses that are cluster IPs of proxied Services: what no Service has there is refused (Z6).
 #[map]
-pub(crate) static CLUSTER_IPS: HashMap<Address, u32> =
-    HashMap::with_max_entries(1 << 20, BPF_F_NO_PREALLOC);
+pub(crate) static CLUSTER_IPS: HashMap<Address, u32> = HashMap::with_max_entries(1 << 20, BPF_F_NO_PREALLOC);
 
 /// Writer: the agent. By interface index.
 #[map]
@@ -77,7 +84,8 @@ pub(crate) static PACKET_SETTINGS: Array<PacketSettings> = Array::with_max_entri
 
 /// Writer: the agent.
 #[map]
-pub(crate) static SOURCE_RANGES: LpmTrie<SourceRange, u32> = LpmTrie::with_max_entries(1 << 18, BPF_F_NO_PREALLOC);
+pub(crate) static SOURCE_RANGES: LpmTrie<SourceRange, u32> =
+    LpmTrie::with_max_entries(1 << 18, BPF_F_NO_PREALLOC);
 
 /// Writer: the agent, through memory.
 #[map]
@@ -107,9 +115,14 @@ pub(crate) static SNAT: HashMap<SnatKey, FlowKey> = HashMap::with_max_entries(1 
 #[map]
 pub(crate) static YOUNG_SNAT: LruHashMap<SnatKey, FlowKey> = LruHashMap::with_max_entries(1 << 14, 0);
 
+/// Not 0 once a client port has talked to several VIPs. Writer: the programs.
+#[map]
+pub(crate) static SEVERAL_VIPS: Array<u32> = Array::with_max_entries(1, 0);
+
 /// Writer: the programs.
 #[map]
-pub(crate) static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts> = LruHashMap::with_max_entries(1 << 12, 0);
+pub(crate) static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts> =
+    LruHashMap::with_max_entries(1 << 12, 0);
 
 /// Counts one way out.
 #[inline(always)]

@@ -98,6 +98,18 @@ impl Port {
         u32::from_ne_bytes([bytes[0], bytes[1], 0, 0])
     }
 
+    /// From a half-word that already is in network order, as headers hold it.
+    #[inline(always)]
+    pub const fn from_raw(raw: u16) -> Self {
+        Self(raw)
+    }
+
+    /// The half-word in network order.
+    #[inline(always)]
+    pub const fn raw(self) -> u16 {
+        self.0
+    }
+
     /// The number in host order.
     pub const fn number(self) -> u16 {
         u16::from_be(self.0)

@@ -50,6 +50,34 @@ outcomes! {
     PeerTranslated = "peer_translated",
     /// A peer name left as it is.
     PeerUntouched = "peer_untouched",
+    /// A packet to a VIP that belongs to a connection made without us.
+    PacketUntouched = "packet_untouched",
+    /// A first packet that was sent to a backend.
+    PacketForwarded = "packet_forwarded",
+    /// A packet that followed the flow of an earlier one.
+    PacketFollowed = "packet_followed",
+    /// A reply that was given the VIP as its source.
+    PacketReplied = "packet_replied",
+    /// A packet that left with a replaced source (M).
+    PacketSourceReplaced = "packet_source_replaced",
+    /// A reply to a replaced source that was sent on to its client.
+    PacketSourceRestored = "packet_source_restored",
+    /// An ICMP error whose quoted packet was translated.
+    PacketIcmpTranslated = "packet_icmp_translated",
+    /// A packet that was refused (Z1, Z6).
+    PacketRejected = "packet_rejected",
+    /// A packet that was dropped (Z2, Z3).
+    PacketDropped = "packet_dropped",
+    /// A packet that was dropped since its client is in none of the source ranges (F2).
+    PacketSourceRefused = "packet_source_refused",
+    /// A packet to an unassigned address of the Service ranges, dropped (Z6).
+    PacketUnassigned = "packet_unassigned",
+    /// A first packet dropped since no flow could be stored.
+    PacketNoRoom = "packet_no_room",
+    /// A reply whose flow could not be kept apart from unanswered ones: the table is full.
+    PacketFlowsFull = "packet_flows_full",
+    /// A packet dropped since no source port, or no source address, was to be had.
+    PacketNoSourcePort = "packet_no_source_port",
     /// A set kept changing under the reader until it gave up; the connection was left alone.
     Contended = "contended",
 }

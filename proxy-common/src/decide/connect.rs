@@ -1,5 +1,5 @@
 use super::{Peer, Tables, affinity, select};
-use crate::abi::{Backend, BackendId, ClientKey, FrontendKey, Origin, Protocol, WhenEmpty};
+use crate::abi::{Backend, BackendId, ClientKey, FrontendKey, FrontendValue, Origin, Protocol, WhenEmpty};
 
 /// Who connects.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +44,12 @@ pub fn connect(tables: &impl Tables, client: &impl Fn() -> Client, to: Peer, pro
     if frontend.has_source_ranges() {
         return Connect::SourceRanges;
     }
+    serve(tables, client, &frontend)
+}
+
+/// Decides for a client that its source ranges, if there are any, let in.
+#[inline(always)]
+pub fn serve(tables: &impl Tables, client: &impl Fn() -> Client, frontend: &FrontendValue) -> Connect {
     // Asking who the client is costs a helper call, and nearly always does not matter.
     let which = frontend.set_for(if frontend.serves_all_alike() { Origin::Node } else { client().origin });
     for _ in 0..TRIES {

@@ -6,10 +6,11 @@
 mod affinity;
 mod connect;
 mod datagram;
+pub mod packet;
 mod select;
 pub mod snat;
 
-pub use connect::{Client, Connect, connect};
+pub use connect::{Client, Connect, connect, serve};
 pub use datagram::{Sent, receive, send};
 pub use select::get;
 

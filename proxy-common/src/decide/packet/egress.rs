@@ -1,0 +1,124 @@
+use super::flow::{find, touch};
+use super::headers::{FIN, RST, with_ports};
+use super::nat::{Side, rewrite};
+use super::{FlowEntry, Headers, Packet, PacketTables, Verdict};
+use crate::abi::{Address, Flow, FlowKey, Outcome, Port, Protocol, SnatKey};
+use crate::decide::Peer;
+
+/// Ports that are tried before a connection is given up.
+const TRIES: u32 = 16;
+
+/// A TCP, UDP or SCTP packet that leaves by a device. `None`: cut short; it is left alone.
+#[inline(always)]
+pub fn egress(
+    packet: &mut impl Packet,
+    tables: &impl PacketTables,
+    headers: &mut Headers,
+) -> Option<Verdict> {
+    let Some(()) = with_ports(tables, headers, true) else { return Some(Verdict::Next) };
+    let headers = &*headers;
+    if headers.transport().is_none() {
+        return Some(Verdict::Next);
+    }
+    let (source, destination) = (headers.source, headers.destination);
+    if tables.may_be_flow(&destination.0, destination.1) {
+        let key = FlowKey::new(destination.0, destination.1, headers.protocol);
+        let known = find(tables, &key, |flow| flow.backend == source.0 && flow.backend_port == source.1);
+        if let Some((key, entry)) = known {
+            let flow = entry.flow();
+            answered(tables, headers, &key, &entry);
+            rewrite(packet, headers, Side::Source, (flow.vip, flow.vip_port))?;
+            tables.count(Outcome::PacketReplied);
+            return Some(Verdict::Next);
+        }
+    }
+    if tables.may_be_flow(&source.0, source.1) {
+        let key = FlowKey::new(source.0, source.1, headers.protocol);
+        let known = find(tables, &key, |flow| {
+            flow.needs_snat() && flow.backend == destination.0 && flow.backend_port == destination.1
+        });
+        if let Some((key, entry)) = known {
+            let flow = entry.flow();
+            let mut to = (flow.snat, flow.snat_port);
+            if flow.snat_port == Port::new(0) {
+                let Some(claimed) = claim(tables, headers, &key) else {
+                    tables.count(Outcome::PacketNoSourcePort);
+                    return Some(Verdict::Drop);
+                };
+                entry.set_snat(claimed.0, claimed.1);
+                to = claimed;
+            }
+            rewrite(packet, headers, Side::Source, to)?;
+            tables.count(Outcome::PacketSourceReplaced);
+        }
+    }
+    Some(Verdict::Next)
+}
+
+/// The backend has answered: the flow grows up with its first reply.
+#[inline(always)]
+fn answered<T: PacketTables>(tables: &T, headers: &Headers, key: &FlowKey, entry: &T::Entry) {
+    let flow = entry.flow();
+    let tcp_flags = headers.tcp_flags;
+    let mut flags = Flow::ANSWERED;
+    if tcp_flags & FIN != 0 {
+        flags |= Flow::BACKEND_FIN;
+    }
+    if tcp_flags & RST != 0 {
+        flags |= Flow::RESET;
+    }
+    if flow.flags & Flow::ANSWERED == 0 {
+        let grown = Flow { flags: flow.flags | flags, used_ns: tables.now_ns(), ..*flow };
+        if tables.grow_up(key, &grown) {
+            return;
+        }
+        tables.count(Outcome::PacketFlowsFull);
+    } else if flags & !flow.flags != 0 {
+        entry.set_flags(flags);
+    }
+    touch(entry, tables.now_ns());
+}
+
+/// A source for a connection that nobody else with this backend has (M7).
+#[inline(always)]
+fn claim(tables: &impl PacketTables, headers: &Headers, client: &FlowKey) -> Option<Peer> {
+    let settings = tables.settings()?;
+    let device = tables.device()?;
+    let snat = if headers.v6 { device.v6 } else { device.v4 };
+    if snat == Address::default() {
+        return None;
+    }
+    let mut key = SnatKey {
+        snat,
+        backend: headers.destination.0,
+        snat_port: headers.source.1,
+        backend_port: headers.destination.1,
+        protocol: headers.protocol,
+        zero: 0,
+        zeros: 0,
+    };
+    // T2: an SCTP port cannot be changed.
+    if headers.protocol == Protocol::Sctp.number() {
+        return if tables.claim_snat(&key, client) { Some((snat, key.snat_port)) } else { None };
+    }
+    for _ in 0..TRIES {
+        let offset = (tables.random() as u64 * settings.snat_count as u64) >> 32;
+        key.snat_port = Port::new(settings.snat_first.wrapping_add(offset as u16));
+        if tables.claim_snat(&key, client) {
+            return Some((snat, key.snat_port));
+        }
+        // Whoever had it may be done with it.
+        let owner = tables.snat(&key);
+        let done = match owner {
+            Some(owner) => match tables.flow(&owner) {
+                Some(entry) => entry.flow().is_over(),
+                None => true,
+            },
+            None => false,
+        };
+        if done && tables.take_snat(&key, client) {
+            return Some((snat, key.snat_port));
+        }
+    }
+    None
+}

@@ -1,0 +1,136 @@
+//! The packet path: what becomes of a frame at a device's hook.
+//!
+//! Inside the node there are only real addresses: at ingress a VIP becomes a backend, and a replaced source the client
+//! again; at egress a backend becomes the VIP again, and a source is replaced where rule M says so. Whatever lies
+//! between the hooks (routing, netfilter, policy engines) sees client and backend in both directions.
+//!
+//! Safe code over two traits: [`Packet`], the bytes, and [`PacketTables`], the maps. In the kernel they are the frame and
+//! the maps, in tests a vector and tables in memory.
+
+mod checksum;
+mod egress;
+mod flow;
+mod headers;
+mod icmp;
+mod ingress;
+mod nat;
+mod refuse;
+
+pub use egress::egress;
+pub use headers::{Headers, L2_BYTES, parse};
+pub use icmp::{icmp_egress, icmp_ingress};
+pub use ingress::{Decision, decide, ingress};
+pub use refuse::refuse;
+
+use super::Tables;
+use crate::abi::{
+    Address, Device, Flow, FlowKey, FragmentKey, FragmentPorts, Outcome, PacketSettings, Port, ServiceId,
+    SnatKey,
+};
+
+/// Which part of a transport checksum a change belongs to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Covers {
+    /// Addresses and lengths: also part of an unfinished checksum.
+    PseudoHeader,
+    /// Ports and payload: a device that finishes the checksum sums them itself.
+    Content,
+}
+
+/// A frame, from its Ethernet header on. Words are as they lie in memory. `None`: the frame is too short.
+pub trait Packet {
+    /// One byte.
+    fn load8(&self, at: u32) -> Option<u8>;
+    /// Two bytes.
+    fn load16(&self, at: u32) -> Option<u16>;
+    /// Four bytes.
+    fn load32(&self, at: u32) -> Option<u32>;
+    /// One byte.
+    fn store8(&mut self, at: u32, value: u8) -> Option<()>;
+    /// Two bytes.
+    fn store16(&mut self, at: u32, value: u16) -> Option<()>;
+    /// Four bytes.
+    fn store32(&mut self, at: u32, value: u32) -> Option<()>;
+    /// Changes the transport checksum at `at` by a ones'-complement difference. In UDP, where `zero_is_none`, a checksum
+    /// of zero says that there is none.
+    fn fix_checksum(
+        &mut self,
+        at: u32,
+        difference: u32,
+        covers: Covers,
+        zero_is_none: bool,
+        v6: bool,
+    ) -> Option<()>;
+    /// Cuts the frame, or fills it up with zeros, to this many bytes.
+    fn resize(&mut self, bytes: u32) -> Option<()>;
+    /// Makes room between the Ethernet header and what follows it.
+    fn insert_after_l2(&mut self, bytes: u32) -> Option<()>;
+    /// Whole length.
+    fn length(&self) -> u32;
+}
+
+/// A flow in its table.
+pub trait FlowEntry: Copy {
+    /// As it is now; other packets may change it at any time.
+    fn flow(&self) -> &Flow;
+    /// Sets flags.
+    fn set_flags(&self, flags: u32);
+    /// A packet passed.
+    fn touch(&self, now_ns: u64);
+    /// Its replaced source.
+    fn set_snat(&self, snat: Address, port: Port);
+    /// Another flow in the same place.
+    fn replace(&self, flow: &Flow);
+}
+
+/// What the packet path reads and remembers besides [`Tables`].
+pub trait PacketTables: Tables {
+    /// A flow in `FLOWS` or `YOUNG_FLOWS`.
+    type Entry: FlowEntry;
+
+    /// `PACKET_SETTINGS`; `None` before the agent has written any.
+    fn settings(&self) -> Option<&PacketSettings>;
+    /// `VIPS`: `false` is certain.
+    fn may_be_vip(&self, address: &Address) -> bool;
+    /// `CLUSTER_IPS`.
+    fn is_cluster_ip(&self, address: &Address) -> bool;
+    /// `SOURCE_RANGES` (F2).
+    fn lets_in(&self, service: ServiceId, client: &Address) -> bool;
+    /// The device of this hook.
+    fn device(&self) -> Option<Device>;
+    /// `FLOW_FILTER`: `false` is certain.
+    fn may_be_flow(&self, client: &Address, port: Port) -> bool;
+    /// Whether any client port has ever talked to several VIPs; `false` is certain.
+    fn several_vips(&self) -> bool;
+    /// `FLOWS`, else `YOUNG_FLOWS`.
+    fn flow(&self, key: &FlowKey) -> Option<Self::Entry>;
+    /// A new flow, into `YOUNG_FLOWS`; `false` if there is no room.
+    fn remember_flow(&self, key: &FlowKey, flow: &Flow) -> bool;
+    /// The flow was answered: into `FLOWS` with it. `false` if there is no room; then it stays young.
+    fn grow_up(&self, key: &FlowKey, flow: &Flow) -> bool;
+    /// `SNAT_PORTS`: `false` is certain.
+    fn may_be_snat(&self, port: Port) -> bool;
+    /// `SNAT`, else `YOUNG_SNAT`.
+    fn snat(&self, key: &SnatKey) -> Option<FlowKey>;
+    /// Takes a replaced source for a client, if nobody has it.
+    fn claim_snat(&self, key: &SnatKey, client: &FlowKey) -> bool;
+    /// Takes it from whoever has it.
+    fn take_snat(&self, key: &SnatKey, client: &FlowKey) -> bool;
+    /// `FRAGMENTS`.
+    fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts>;
+    /// `FRAGMENTS`: best effort.
+    fn remember_fragment(&self, key: &FragmentKey, ports: &FragmentPorts);
+    /// Counts a way out.
+    fn count(&self, outcome: Outcome);
+}
+
+/// What becomes of a frame.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Verdict {
+    /// It goes on, changed or not.
+    Next,
+    /// Not answered (Z5).
+    Drop,
+    /// Answered at once (Z4): [`refuse`] makes the answer, which goes back by the device that it came from.
+    Refuse,
+}

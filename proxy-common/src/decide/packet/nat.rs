@@ -1,0 +1,92 @@
+//! Rewriting one side of a packet, with every checksum that covers it.
+
+use super::checksum::{adjusted, replaced};
+use super::{Covers, Headers, L2_BYTES, Packet};
+use crate::abi::{Address, Protocol};
+use crate::decide::Peer;
+
+/// Which side of a packet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Side {
+    Source,
+    Destination,
+}
+
+/// Puts `to` in the place of the source or the destination.
+#[inline(always)]
+pub(super) fn rewrite(packet: &mut impl Packet, headers: &Headers, side: Side, to: Peer) -> Option<()> {
+    let old = match side {
+        Side::Source => headers.source,
+        Side::Destination => headers.destination,
+    };
+    let moved = store_address(packet, L2_BYTES, headers.v6, side, old.0, to.0)?;
+    if headers.later_fragment {
+        return Some(());
+    }
+    let mut ports = 0;
+    if old.1 != to.1 {
+        let at = match side {
+            Side::Source => headers.l4,
+            Side::Destination => headers.l4 + 2,
+        };
+        packet.store16(at, to.1.raw())?;
+        ports = replaced(0, old.1.raw() as u32, to.1.raw() as u32);
+    }
+    let Some(protocol) = headers.transport() else { return Some(()) };
+    let Some(at) = checksum_at(protocol, headers.l4) else { return Some(()) };
+    let udp = matches!(protocol, Protocol::Udp);
+    packet.fix_checksum(at, moved, Covers::PseudoHeader, udp, headers.v6)?;
+    if ports != 0 {
+        packet.fix_checksum(at, ports, Covers::Content, udp, headers.v6)?;
+    }
+    Some(())
+}
+
+/// Where the checksum lies that covers addresses and ports. SCTP's covers no address, and its ports stay (T2).
+#[inline(always)]
+pub(super) const fn checksum_at(protocol: Protocol, l4: u32) -> Option<u32> {
+    match protocol {
+        Protocol::Tcp => Some(l4 + 16),
+        Protocol::Udp => Some(l4 + 6),
+        Protocol::Sctp => None,
+    }
+}
+
+/// Stores an address into the IP header at `l3`, with that header's own checksum; returns the difference that the
+/// address makes.
+#[inline(always)]
+pub(super) fn store_address(
+    packet: &mut impl Packet,
+    l3: u32,
+    v6: bool,
+    side: Side,
+    old: Address,
+    new: Address,
+) -> Option<u32> {
+    let (o, n) = (old.words(), new.words());
+    let mut difference = 0;
+    if v6 {
+        let at = match side {
+            Side::Source => l3 + 8,
+            Side::Destination => l3 + 24,
+        };
+        packet.store32(at, n[0])?;
+        packet.store32(at + 4, n[1])?;
+        packet.store32(at + 8, n[2])?;
+        packet.store32(at + 12, n[3])?;
+        difference = replaced(difference, o[0], n[0]);
+        difference = replaced(difference, o[1], n[1]);
+        difference = replaced(difference, o[2], n[2]);
+        difference = replaced(difference, o[3], n[3]);
+    } else {
+        let at = match side {
+            Side::Source => l3 + 12,
+            Side::Destination => l3 + 16,
+        };
+        difference = replaced(difference, o[3], n[3]);
+        let checksum = packet.load16(l3 + 10)?;
+        packet.store32(at, n[3])?;
+        packet.store16(l3 + 10, adjusted(checksum, difference))?;
+    }
+    Some(difference)
+}

@@ -1,0 +1,161 @@
+//! The frame as the decision core sees it: direct reads and writes, helpers only where the kernel keeps books.
+
+use aya_ebpf::{
+    bindings::__sk_buff,
+    helpers::{bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_pull_data},
+    programs::TcContext,
+};
+use proxy_common::decide::packet::{Covers, Packet};
+
+/// `BPF_F_PSEUDO_HDR`, `BPF_F_MARK_MANGLED_0`.
+const PSEUDO_HEADER: u64 = 1 << 4;
+const ZERO_IS_NONE: u64 = 1 << 5;
+/// `BPF_ADJ_ROOM_MAC`.
+const AFTER_L2: u32 = 1;
+
+/// No header that is read starts later; also what the verifier needs to bound an offset.
+const OFFSETS: u32 = 0x3ff;
+/// Link, IP and transport headers of nearly all packets, an ICMP error's quote included.
+const USUAL_BYTES: u32 = 118;
+
+pub(super) struct Skb<'a>(&'a TcContext);
+
+impl<'a> Skb<'a> {
+    #[inline(always)]
+    pub(super) const fn new(ctx: &'a TcContext) -> Self {
+        Self(ctx)
+    }
+
+    #[inline(always)]
+    fn raw(&self) -> *mut __sk_buff {
+        self.0.skb.skb
+    }
+
+    /// Ethernet type, network order.
+    #[inline(always)]
+    pub(super) fn protocol(&self) -> u32 {
+        // SAFETY: the kernel gives a valid context; the verifier checks the offset.
+        unsafe { (&raw const (*self.raw()).protocol).read_volatile() }
+    }
+
+    /// Interface index of the hook's device.
+    #[inline(always)]
+    pub(super) fn device(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (&raw const (*self.raw()).ifindex).read_volatile() }
+    }
+
+    /// Makes the headers readable where they lie in fragments. What cannot be had is found missing when it is read.
+    #[inline(always)]
+    pub(super) fn pull(&self) {
+        let want = self.length().min(USUAL_BYTES);
+        if self.start() + want as usize > self.end() {
+            // SAFETY: the context is valid.
+            let _ = unsafe { bpf_skb_pull_data(self.raw(), want) };
+        }
+    }
+
+    // Volatile: a sub-program must read these from the context, not get them as arguments.
+    #[inline(always)]
+    fn start(&self) -> usize {
+        // SAFETY: as above.
+        unsafe { (&raw const (*self.raw()).data).read_volatile() as usize }
+    }
+
+    #[inline(always)]
+    fn end(&self) -> usize {
+        // SAFETY: as above.
+        unsafe { (&raw const (*self.raw()).data_end).read_volatile() as usize }
+    }
+
+    #[inline(always)]
+    fn at<T>(&self, at: u32) -> Option<*mut T> {
+        // For a single byte the compiler compares with ">=", from which the verifier learns nothing. No byte that is read
+        // is a frame's last one.
+        let bytes = if size_of::<T>() == 1 { 2 } else { size_of::<T>() };
+        let from = self.start() + (at & OFFSETS) as usize;
+        if from + bytes > self.end() { None } else { Some(from as *mut T) }
+    }
+}
+
+impl Packet for Skb<'_> {
+    #[inline(always)]
+    fn load8(&self, at: u32) -> Option<u8> {
+        // SAFETY: inside the frame.
+        Some(unsafe { *self.at(at)? })
+    }
+
+    #[inline(always)]
+    fn load16(&self, at: u32) -> Option<u16> {
+        // SAFETY: inside the frame; the machines that this runs on read unaligned words.
+        Some(unsafe { *self.at(at)? })
+    }
+
+    #[inline(always)]
+    fn load32(&self, at: u32) -> Option<u32> {
+        // SAFETY: as above.
+        Some(unsafe { *self.at(at)? })
+    }
+
+    #[inline(always)]
+    fn store8(&mut self, at: u32, value: u8) -> Option<()> {
+        // SAFETY: inside the frame.
+        unsafe { *self.at(at)? = value };
+        Some(())
+    }
+
+    #[inline(always)]
+    fn store16(&mut self, at: u32, value: u16) -> Option<()> {
+        // SAFETY: as above.
+        unsafe { *self.at(at)? = value };
+        Some(())
+    }
+
+    #[inline(always)]
+    fn store32(&mut self, at: u32, value: u32) -> Option<()> {
+        // SAFETY: as above.
+        unsafe { *self.at(at)? = value };
+        Some(())
+    }
+
+    #[inline(always)]
+    fn fix_checksum(
+        &mut self,
+        at: u32,
+        difference: u32,
+        covers: Covers,
+        zero_is_none: bool,
+        _v6: bool,
+    ) -> Option<()> {
+        let mut flags = match covers {
+            Covers::PseudoHeader => PSEUDO_HEADER,
+            Covers::Content => 0,
+        };
+        if zero_is_none {
+            flags |= ZERO_IS_NONE;
+        }
+        // SAFETY: the helper checks the offset. Size 0 with "from" 0: "to" is a difference.
+        let result = unsafe { bpf_l4_csum_replace(self.raw(), at, 0, difference as u64, flags) };
+        if result == 0 { Some(()) } else { None }
+    }
+
+    #[inline(always)]
+    fn resize(&mut self, bytes: u32) -> Option<()> {
+        // SAFETY: the helper checks the length.
+        let result = unsafe { bpf_skb_change_tail(self.raw(), bytes, 0) };
+        if result == 0 { Some(()) } else { None }
+    }
+
+    #[inline(always)]
+    fn insert_after_l2(&mut self, bytes: u32) -> Option<()> {
+        // SAFETY: the helper checks the length.
+        let result = unsafe { bpf_skb_adjust_room(self.raw(), bytes as i32, AFTER_L2, 0) };
+        if result == 0 { Some(()) } else { None }
+    }
+
+    #[inline(always)]
+    fn length(&self) -> u32 {
+        // SAFETY: the kernel gives a valid context; the verifier checks the offset.
+        unsafe { (&raw const (*self.raw()).len).read_volatile() }
+    }
+}

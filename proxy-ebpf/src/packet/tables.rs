@@ -1,0 +1,299 @@
+//! The maps as the packet path sees them, at one device's hook.
+
+use aya_ebpf::{bindings::BPF_NOEXIST, maps::lpm_trie::Key, programs::TcContext};
+use proxy_common::{
+    abi::{
+        Address, AffinityEntry, AffinityKey, AffinityWord, Backend, BackendId, DatagramFlow, DatagramKey,
+        DatagramOrigin, Device as DeviceEntry, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey,
+        FrontendValue, Outcome, PacketSettings, Port, ServiceId, SetWord, SnatKey, SourceRange, WhichSet,
+        packet::{flow_place, vip_place},
+    },
+    decide::{
+        Tables,
+        packet::{FlowEntry, PacketTables},
+    },
+};
+
+use super::skb::Skb;
+use crate::maps::{
+    CLUSTER_IPS, DEVICES, FLOW_FILTER, FLOWS, FRAGMENTS, Maps, PACKET_SETTINGS, SEVERAL_VIPS, SNAT,
+    SNAT_PORTS, SOURCE_RANGES, VIPS, YOUNG_FLOWS, YOUNG_SNAT, count,
+};
+
+/// The maps, and the device whose hook this is.
+pub(super) struct Device {
+    index: u32,
+}
+
+impl Device {
+    #[inline(always)]
+    pub(super) fn of(ctx: &TcContext) -> Self {
+        Self { index: Skb::new(ctx).device() }
+    }
+}
+
+/// A flow where it lies in its map.
+#[derive(Clone, Copy)]
+pub(super) struct Entry(*mut Flow);
+
+// All of these write to memory of a map that stays readable and writable until the program ends. Two packets of one
+// flow on two CPUs may overwrite each other's time, which is as well, or the same flags.
+impl FlowEntry for Entry {
+    #[inline(always)]
+    fn flow(&self) -> &Flow {
+        // SAFETY: see above.
+        unsafe { &*self.0 }
+    }
+
+    #[inline(always)]
+    fn set_flags(&self, flags: u32) {
+        // SAFETY: see above.
+        unsafe { (*self.0).flags |= flags };
+    }
+
+    #[inline(always)]
+    fn touch(&self, now_ns: u64) {
+        // SAFETY: see above.
+        unsafe { (*self.0).used_ns = now_ns };
+    }
+
+    #[inline(always)]
+    fn set_snat(&self, snat: Address, port: Port) {
+        // SAFETY: see above. The address first: a port says that both are there.
+        unsafe {
+            (*self.0).snat = snat;
+            (&raw mut (*self.0).snat_port).write_volatile(port);
+        }
+    }
+
+    #[inline(always)]
+    fn replace(&self, flow: &Flow) {
+        // SAFETY: see above.
+        unsafe { *self.0 = *flow };
+    }
+}
+
+/// One byte of a table of bytes.
+macro_rules! byte {
+    ($map:ident, $place:expr) => {{
+        let place: usize = $place;
+        // SAFETY: the places are as many as the table has, by the types of both.
+        $map.get_ptr_mut(0).map(|table| unsafe { table.cast::<u8>().add(place) })
+    }};
+}
+
+impl PacketTables for Device {
+    type Entry = Entry;
+
+    #[inline(always)]
+    fn settings(&self) -> Option<&PacketSettings> {
+        let settings = PACKET_SETTINGS.get(0)?;
+        if settings.snat_count == 0 { None } else { Some(settings) }
+    }
+
+    #[inline(always)]
+    fn may_be_vip(&self, address: &Address) -> bool {
+        let Some(byte) = byte!(VIPS, vip_place(address)) else { return true };
+        // SAFETY: in bounds.
+        unsafe { *byte != 0 }
+    }
+
+    #[inline(always)]
+    fn is_cluster_ip(&self, address: &Address) -> bool {
+        CLUSTER_IPS.get_ptr(address).is_some()
+    }
+
+    #[inline(always)]
+    fn lets_in(&self, service: ServiceId, client: &Address) -> bool {
+        let key = Key::new(SourceRange::SERVICE_BITS + 128, SourceRange { service, client: *client });
+        SOURCE_RANGES.get(&key).is_some()
+    }
+
+    #[inline(always)]
+    fn device(&self) -> Option<DeviceEntry> {
+        let device = DEVICES.get_ptr(&self.index)?;
+        // SAFETY: readable until the program ends.
+        Some(unsafe { *device })
+    }
+
+    #[inline(always)]
+    fn may_be_flow(&self, client: &Address, port: Port) -> bool {
+        let Some(byte) = byte!(FLOW_FILTER, flow_place(client, port)) else { return true };
+        // SAFETY: in bounds.
+        unsafe { *byte != 0 }
+    }
+
+    #[inline(always)]
+    fn several_vips(&self) -> bool {
+        SEVERAL_VIPS.get(0).is_none_or(|several| *several != 0)
+    }
+
+    #[inline(always)]
+    fn flow(&self, key: &FlowKey) -> Option<Entry> {
+        if let Some(flow) = FLOWS.get_ptr_mut(key) {
+            return Some(Entry(flow));
+        }
+        let flow = YOUNG_FLOWS.get_ptr_mut(key)?;
+        Some(Entry(flow))
+    }
+
+    #[inline(always)]
+    fn remember_flow(&self, key: &FlowKey, flow: &Flow) -> bool {
+        if let Some(byte) = byte!(FLOW_FILTER, flow_place(&key.client, key.port)) {
+            // SAFETY: in bounds. Before the flow: whoever sees it is not to be told that there is none.
+            unsafe { *byte = 1 };
+        }
+        if key.slot != 0
+            && let Some(several) = SEVERAL_VIPS.get_ptr_mut(0)
+        {
+            // SAFETY: in bounds.
+            unsafe { *several = 1 };
+        }
+        YOUNG_FLOWS.insert(key, flow, 0).is_ok()
+    }
+
+    #[inline(always)]
+    fn grow_up(&self, key: &FlowKey, flow: &Flow) -> bool {
+        if flow.snat_port != Port::new(0) {
+            let snat = SnatKey {
+                snat: flow.snat,
+                backend: flow.backend,
+                snat_port: flow.snat_port,
+                backend_port: flow.backend_port,
+                protocol: key.protocol,
+                zero: 0,
+                zeros: 0,
+            };
+            if SNAT.insert(&snat, key, 0).is_err() {
+                return false;
+            }
+            let _ = YOUNG_SNAT.remove(&snat);
+        }
+        if FLOWS.insert(key, flow, 0).is_err() {
+            return false;
+        }
+        let _ = YOUNG_FLOWS.remove(key);
+        true
+    }
+
+    #[inline(always)]
+    fn may_be_snat(&self, port: Port) -> bool {
+        let Some(byte) = byte!(SNAT_PORTS, port.raw() as usize) else { return true };
+        // SAFETY: in bounds.
+        unsafe { *byte != 0 }
+    }
+
+    #[inline(always)]
+    fn snat(&self, key: &SnatKey) -> Option<FlowKey> {
+        if let Some(client) = SNAT.get_ptr(key) {
+            // SAFETY: readable until the program ends.
+            return Some(unsafe { *client });
+        }
+        let client = YOUNG_SNAT.get_ptr(key)?;
+        // SAFETY: as above.
+        Some(unsafe { *client })
+    }
+
+    #[inline(always)]
+    fn claim_snat(&self, key: &SnatKey, client: &FlowKey) -> bool {
+        if SNAT.get_ptr(key).is_some() {
+            return false;
+        }
+        if let Some(byte) = byte!(SNAT_PORTS, key.snat_port.raw() as usize) {
+            // SAFETY: in bounds.
+            unsafe { *byte = 1 };
+        }
+        YOUNG_SNAT.insert(key, client, BPF_NOEXIST as u64).is_ok()
+    }
+
+    #[inline(always)]
+    fn take_snat(&self, key: &SnatKey, client: &FlowKey) -> bool {
+        let _ = SNAT.remove(key);
+        YOUNG_SNAT.insert(key, client, 0).is_ok()
+    }
+
+    #[inline(always)]
+    fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts> {
+        let ports = FRAGMENTS.get_ptr(key)?;
+        // SAFETY: readable until the program ends.
+        Some(unsafe { *ports })
+    }
+
+    #[inline(always)]
+    fn remember_fragment(&self, key: &FragmentKey, ports: &FragmentPorts) {
+        let _ = FRAGMENTS.insert(key, ports, 0);
+    }
+
+    #[inline(always)]
+    fn count(&self, outcome: Outcome) {
+        count(outcome);
+    }
+}
+
+/// The tables that both paths share.
+impl Tables for Device {
+    #[inline(always)]
+    fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
+        Maps.frontend(key)
+    }
+
+    #[inline(always)]
+    fn set(&self, service: ServiceId, which: WhichSet) -> SetWord {
+        Maps.set(service, which)
+    }
+
+    #[inline(always)]
+    fn affinity(&self, service: ServiceId) -> AffinityWord {
+        Maps.affinity(service)
+    }
+
+    #[inline(always)]
+    fn slot(&self, index: u32) -> Option<BackendId> {
+        Maps.slot(index)
+    }
+
+    #[inline(always)]
+    fn backend(&self, index: u32) -> Option<Backend> {
+        Maps.backend(index)
+    }
+
+    #[inline(always)]
+    fn affinity_entry(&self, key: &AffinityKey) -> Option<AffinityEntry> {
+        Maps.affinity_entry(key)
+    }
+
+    #[inline(always)]
+    fn remember_affinity(&self, key: &AffinityKey, entry: &AffinityEntry) {
+        Maps.remember_affinity(key, entry);
+    }
+
+    #[inline(always)]
+    fn datagram_flow(&self, key: &DatagramKey) -> Option<DatagramFlow> {
+        Maps.datagram_flow(key)
+    }
+
+    #[inline(always)]
+    fn remember_datagram_flow(&self, key: &DatagramKey, flow: &DatagramFlow) {
+        Maps.remember_datagram_flow(key, flow);
+    }
+
+    #[inline(always)]
+    fn datagram_origin(&self, key: &DatagramKey) -> Option<DatagramOrigin> {
+        Maps.datagram_origin(key)
+    }
+
+    #[inline(always)]
+    fn remember_datagram_origin(&self, key: &DatagramKey, origin: &DatagramOrigin) {
+        Maps.remember_datagram_origin(key, origin);
+    }
+
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        Maps.random()
+    }
+
+    #[inline(always)]
+    fn now_ns(&self) -> u64 {
+        Maps.now_ns()
+    }
+}
