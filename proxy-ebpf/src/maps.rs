@@ -66,6 +66,10 @@ pub(crate) static HEADERS: PerCpuArray<Headers> = PerCpuArray::with_max_entries(
 #[map]
 pub(crate) static FLOW: PerCpuArray<Flow> = PerCpuArray::with_max_entries(1, 0);
 
+/// As [`HEADERS`]: the interface that a packet leaves or comes in by.
+#[map]
+pub(crate) static REDIRECT_TO: PerCpuArray<u32> = PerCpuArray::with_max_entries(1, 0);
+
 /// State of the random numbers of each CPU. Writer: the programs.
 #[map]
 static RANDOM: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);

@@ -78,6 +78,8 @@ outcomes! {
     PacketFlowsFull = "packet_flows_full",
     /// A packet dropped since no source port, or no source address, was to be had.
     PacketNoSourcePort = "packet_no_source_port",
+    /// A packet of this node dropped since no route leads to its backend.
+    PacketNoRoute = "packet_no_route",
     /// A set kept changing under the reader until it gave up; the connection was left alone.
     Contended = "contended",
 }

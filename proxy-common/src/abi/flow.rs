@@ -67,11 +67,15 @@ pub struct Flow {
     pub inner_port: Port,
     /// See the constants.
     pub flags: u32,
+    /// Where a process of this node sent it to, so that replies can come from there: an interface index.
+    pub device: u32,
+    /// Always 0.
+    pub zero: u32,
 }
 
 layout!(
     Flow,
-    size = 80,
+    size = 88,
     fields = Address,
     Address,
     Address,
@@ -82,6 +86,8 @@ layout!(
     Port,
     Port,
     Port,
+    u32,
+    u32,
     u32
 );
 

@@ -80,9 +80,13 @@ pub struct Device {
     pub bridge: u32,
     /// See the constants.
     pub flags: u32,
+    /// Its link address.
+    pub mac: [u8; 6],
+    /// Always 0.
+    pub zero: u16,
 }
 
-layout!(Device, size = 40, fields = Address, Address, u32, u32);
+layout!(Device, size = 48, fields = Address, Address, u32, u32, [u8; 6], u16);
 
 impl Device {
     /// What comes in by it is from a local pod (M1, the modes that tell by interface).

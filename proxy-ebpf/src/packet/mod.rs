@@ -1,14 +1,26 @@
 //! The packet path: frame → headers → decide → apply. What is decided lives in `proxy_common::decide::packet`.
 
+mod route;
 mod skb;
 mod tables;
 
-use aya_ebpf::{bindings::__sk_buff, helpers::bpf_redirect, programs::TcContext};
-use proxy_common::decide::packet::{self as decide, Decision, Headers, L2_BYTES, Verdict};
+use core::ptr::null_mut;
+
+use aya_ebpf::{
+    bindings::__sk_buff,
+    helpers::{bpf_redirect, bpf_redirect_neigh},
+    programs::TcContext,
+};
+use proxy_common::decide::packet::{
+    self as decide, Decision, Headers, L2_BYTES, Packet, PacketTables, Route, Verdict,
+};
 use skb::Skb;
 use tables::Device;
 
-use crate::maps::{FLOW, HEADERS};
+use crate::maps::{FLOW, HEADERS, REDIRECT_TO};
+
+/// `BPF_F_INGRESS`.
+const BPF_F_INGRESS: u64 = 1;
 
 /// The next program of the hook, or the stack: `TCX_NEXT`, and `TC_ACT_UNSPEC` of the classic hook.
 const NEXT: i32 = -1;
@@ -28,20 +40,56 @@ const ICMPV6: u8 = 58;
 // `HEADERS`, since kernels before 5.13 let a global function take no pointer but the context.
 
 pub(crate) fn ingress(ctx: &TcContext) -> i32 {
-    let answer = match packet_parse(ctx.skb.skb) {
+    let mut answer = match packet_parse(ctx.skb.skb) {
         TRANSPORT => packet_in(ctx.skb.skb),
         CONTROL => packet_icmp_in(ctx.skb.skb),
         _ => NEXT,
     };
-    if answer == REFUSE { packet_refuse(ctx.skb.skb) } else { answer }
+    if answer == BEGIN {
+        answer = match packet_decide(ctx.skb.skb) {
+            FORWARD => packet_begin(ctx.skb.skb),
+            NEXT => packet_stay(ctx.skb.skb, NEXT as u32),
+            REFUSE => packet_stay(ctx.skb.skb, REFUSE as u32),
+            _ => packet_stay(ctx.skb.skb, DROP as u32),
+        };
+    }
+    match answer {
+        REFUSE => packet_refuse(ctx.skb.skb),
+        BRIDGE => packet_bridge(ctx.skb.skb),
+        // SAFETY: any interface index is allowed, and the flag is one of the helper's.
+        COME_IN => (unsafe { bpf_redirect(redirect_to(), BPF_F_INGRESS) }) as i32,
+        answer => answer,
+    }
 }
 
 pub(crate) fn egress(ctx: &TcContext) -> i32 {
-    match packet_parse(ctx.skb.skb) {
+    let mut answer = match packet_parse(ctx.skb.skb) {
         TRANSPORT => packet_out(ctx.skb.skb),
         CONTROL => packet_icmp_out(ctx.skb.skb),
         _ => NEXT,
+    };
+    if answer == OWN_NODE {
+        answer = packet_own_node(ctx.skb.skb);
     }
+    if answer == BEGIN {
+        answer = match packet_decide(ctx.skb.skb) {
+            FORWARD => packet_begin_own(ctx.skb.skb),
+            NEXT => packet_stay_own(ctx.skb.skb, NEXT as u32),
+            REFUSE => packet_stay_own(ctx.skb.skb, REFUSE as u32),
+            _ => packet_stay_own(ctx.skb.skb, DROP as u32),
+        };
+    }
+    match answer {
+        REFUSE => packet_refuse_own(ctx.skb.skb),
+        // SAFETY: any interface index is allowed; without a next hop the routing tables tell it.
+        LEAVE => (unsafe { bpf_redirect_neigh(redirect_to(), null_mut(), 0, 0) }) as i32,
+        answer => answer,
+    }
+}
+
+#[inline(always)]
+fn redirect_to() -> u32 {
+    REDIRECT_TO.get(0).copied().unwrap_or(0)
 }
 
 /// What [`packet_parse`] found: nothing of ours, ICMP, or anything else.
@@ -52,6 +100,11 @@ const TRANSPORT: i32 = 2;
 /// Answers of a step that are none of the kernel's.
 const REFUSE: i32 = 1 << 16;
 const FORWARD: i32 = 1 << 17;
+const BRIDGE: i32 = 1 << 18;
+const OWN_NODE: i32 = 1 << 19;
+const LEAVE: i32 = 1 << 20;
+const COME_IN: i32 = 1 << 21;
+const BEGIN: i32 = 1 << 22;
 
 /// Reads the headers into `HEADERS`.
 #[unsafe(no_mangle)]
@@ -84,25 +137,69 @@ fn headers() -> Option<&'static mut Headers> {
 extern "C" fn packet_in(skb: *mut __sk_buff) -> i32 {
     let ctx = TcContext::new(skb);
     let Some(headers) = headers() else { return NEXT };
-    let decide = |_: &Headers| match packet_decide(skb) {
-        FORWARD => match FLOW.get(0) {
-            Some(flow) => Decision::Forward(flow),
-            None => Decision::Verdict(Verdict::Drop),
-        },
-        REFUSE => Decision::Verdict(Verdict::Refuse),
-        DROP => Decision::Verdict(Verdict::Drop),
-        _ => Decision::Verdict(Verdict::Next),
-    };
-    answer(decide::ingress(&mut Skb::new(&ctx), &Device::of(&ctx), headers, decide))
+    answer(decide::ingress(&mut Skb::new(&ctx), &Device::of(&ctx), headers))
 }
 
-/// Decides a new connection; its flow goes into `FLOW`.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn packet_begin(skb: *mut __sk_buff) -> i32 {
+    let ctx = TcContext::new(skb);
+    let Some(headers) = headers() else { return DROP };
+    let Some(flow) = FLOW.get(0) else { return DROP };
+    answer(decide::begin(&mut Skb::new(&ctx), &Device::of(&ctx), headers, flow))
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn packet_stay(skb: *mut __sk_buff, otherwise: u32) -> i32 {
+    let ctx = TcContext::new(skb);
+    let Some(headers) = headers() else { return DROP };
+    answer(decide::stay(&mut Skb::new(&ctx), &Device::of(&ctx), headers, verdict(otherwise)))
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn packet_own_node(skb: *mut __sk_buff) -> i32 {
+    let ctx = TcContext::new(skb);
+    let Some(headers) = headers() else { return NEXT };
+    answer(decide::own_node(&mut Skb::new(&ctx), &Device::leaving(&ctx), headers))
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn packet_begin_own(skb: *mut __sk_buff) -> i32 {
+    let ctx = TcContext::new(skb);
+    let Some(headers) = headers() else { return DROP };
+    let Some(flow) = FLOW.get(0) else { return DROP };
+    answer(decide::begin_own(&mut Skb::new(&ctx), &Device::leaving(&ctx), headers, flow))
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn packet_stay_own(skb: *mut __sk_buff, otherwise: u32) -> i32 {
+    let ctx = TcContext::new(skb);
+    let Some(headers) = headers() else { return DROP };
+    answer(decide::stay_own(&mut Skb::new(&ctx), &Device::leaving(&ctx), headers, verdict(otherwise)))
+}
+
+/// The verdicts of a decision that makes no flow.
+#[inline(always)]
+const fn verdict(answer: u32) -> Verdict {
+    match answer as i32 {
+        NEXT => Verdict::Next,
+        REFUSE => Verdict::Refuse,
+        _ => Verdict::Drop,
+    }
+}
+
+/// Decides a new connection; its flow goes into `FLOW`. At ingress too a packet may have come in by no device, but then
+/// it is one that a program or the loopback device handed over.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn packet_decide(skb: *mut __sk_buff) -> i32 {
     let ctx = TcContext::new(skb);
     let Some(headers) = headers() else { return NEXT };
-    match decide::decide(&Device::of(&ctx), headers) {
+    match decide::decide(&Device::leaving(&ctx), headers) {
         Decision::Forward(flow) => {
             let Some(stored) = FLOW.get_ptr_mut(0) else { return DROP };
             // SAFETY: a per-CPU slot, used by the packet that is on this CPU.
@@ -126,7 +223,7 @@ extern "C" fn packet_icmp_in(skb: *mut __sk_buff) -> i32 {
 extern "C" fn packet_out(skb: *mut __sk_buff) -> i32 {
     let ctx = TcContext::new(skb);
     let Some(headers) = headers() else { return NEXT };
-    answer(decide::egress(&mut Skb::new(&ctx), &Device::of(&ctx), headers))
+    answer(decide::egress(&mut Skb::new(&ctx), &Device::leaving(&ctx), headers))
 }
 
 #[unsafe(no_mangle)]
@@ -138,12 +235,61 @@ extern "C" fn packet_icmp_out(skb: *mut __sk_buff) -> i32 {
 }
 
 #[inline(always)]
-const fn answer(verdict: Option<Verdict>) -> i32 {
-    match verdict {
-        None | Some(Verdict::Next) => NEXT,
-        Some(Verdict::Drop) => DROP,
-        Some(Verdict::Refuse) => REFUSE,
+fn answer(verdict: Option<Verdict>) -> i32 {
+    let (device, answer) = match verdict {
+        None | Some(Verdict::Next) => return NEXT,
+        Some(Verdict::Drop) => return DROP,
+        Some(Verdict::Refuse) => return REFUSE,
+        Some(Verdict::Begin) => return BEGIN,
+        Some(Verdict::ToBackend) => return BRIDGE,
+        Some(Verdict::OwnNode) => return OWN_NODE,
+        Some(Verdict::Leave(device)) => (device, LEAVE),
+        Some(Verdict::ComeIn(device)) => (device, COME_IN),
+    };
+    let Some(stored) = REDIRECT_TO.get_ptr_mut(0) else { return DROP };
+    // SAFETY: a per-CPU slot, used by the packet that is on this CPU.
+    unsafe { *stored = device };
+    answer
+}
+
+/// A packet that now goes to a backend behind the bridge that it came in by stays in that bridge: routed, it would be
+/// tracked on its way there, but its reply not. So the backend's link address takes the place of the node's.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn packet_bridge(skb: *mut __sk_buff) -> i32 {
+    let ctx = TcContext::new(skb);
+    let mut packet = Skb::new(&ctx);
+    let Some(device) = Device::of(&ctx).device() else { return NEXT };
+    if device.bridge == 0 {
+        return NEXT;
     }
+    let Some(stored) = headers() else { return NEXT };
+    let Some(now) = decide::parse(&packet, L2_BYTES, stored.v6) else { return NEXT };
+    if let (Route::Device(out), Some(mac)) = route::lookup(skb, device.bridge, &now.destination.0, stored.v6)
+        && out == device.bridge
+    {
+        let _ = packet.store16(0, u16::from_ne_bytes([mac[0], mac[1]]));
+        let _ = packet.store32(2, u32::from_ne_bytes([mac[2], mac[3], mac[4], mac[5]]));
+    }
+    NEXT
+}
+
+/// The answer to a process of this node: it comes in by the device that the packet would have left by.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn packet_refuse_own(skb: *mut __sk_buff) -> i32 {
+    let ctx = TcContext::new(skb);
+    let mut packet = Skb::new(&ctx);
+    let Some(headers) = headers() else { return DROP };
+    if decide::refuse(&mut packet, headers).is_none() {
+        return DROP;
+    }
+    let Some(device) = Device::of(&ctx).device() else { return DROP };
+    let mac = device.mac;
+    let _ = packet.store16(0, u16::from_ne_bytes([mac[0], mac[1]]));
+    let _ = packet.store32(2, u32::from_ne_bytes([mac[2], mac[3], mac[4], mac[5]]));
+    // SAFETY: any interface index is allowed, and the flag is one of the helper's.
+    (unsafe { bpf_redirect(packet.device(), BPF_F_INGRESS) }) as i32
 }
 
 #[unsafe(no_mangle)]

@@ -45,6 +45,13 @@ impl<'a> Skb<'a> {
         unsafe { (&raw const (*self.raw()).ifindex).read_volatile() }
     }
 
+    /// Whether a process of this node made it: it came in by no device.
+    #[inline(always)]
+    pub(super) fn is_own(&self) -> bool {
+        // SAFETY: as above.
+        unsafe { (&raw const (*self.raw()).ingress_ifindex).read_volatile() == 0 }
+    }
+
     /// Makes the headers readable where they lie in fragments. What cannot be had is found missing when it is read.
     #[inline(always)]
     pub(super) fn pull(&self) {

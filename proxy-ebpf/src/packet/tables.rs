@@ -1,6 +1,10 @@
 //! The maps as the packet path sees them, at one device's hook.
 
-use aya_ebpf::{bindings::BPF_NOEXIST, maps::lpm_trie::Key, programs::TcContext};
+use aya_ebpf::{
+    bindings::{__sk_buff, BPF_NOEXIST},
+    maps::lpm_trie::Key,
+    programs::TcContext,
+};
 use proxy_common::{
     abi::{
         Address, AffinityEntry, AffinityKey, AffinityWord, Backend, BackendId, DatagramFlow, DatagramKey,
@@ -10,11 +14,11 @@ use proxy_common::{
     },
     decide::{
         Tables,
-        packet::{FlowEntry, PacketTables},
+        packet::{FlowEntry, PacketTables, Route},
     },
 };
 
-use super::skb::Skb;
+use super::{route, skb::Skb};
 use crate::maps::{
     CLUSTER_IPS, DEVICES, FLOW_FILTER, FLOWS, FRAGMENTS, Maps, PACKET_SETTINGS, SEVERAL_VIPS, SNAT,
     SNAT_PORTS, SOURCE_RANGES, VIPS, YOUNG_FLOWS, YOUNG_SNAT, count,
@@ -22,13 +26,22 @@ use crate::maps::{
 
 /// The maps, and the device whose hook this is.
 pub(super) struct Device {
+    skb: *mut __sk_buff,
     index: u32,
+    is_own: bool,
 }
 
 impl Device {
+    /// At ingress.
     #[inline(always)]
     pub(super) fn of(ctx: &TcContext) -> Self {
-        Self { index: Skb::new(ctx).device() }
+        Self { skb: ctx.skb.skb, index: Skb::new(ctx).device(), is_own: false }
+    }
+
+    /// At egress, where the packet may be one of this node.
+    #[inline(always)]
+    pub(super) fn leaving(ctx: &TcContext) -> Self {
+        Self { skb: ctx.skb.skb, index: Skb::new(ctx).device(), is_own: Skb::new(ctx).is_own() }
     }
 }
 
@@ -64,6 +77,12 @@ impl FlowEntry for Entry {
             (*self.0).snat = snat;
             (&raw mut (*self.0).snat_port).write_volatile(port);
         }
+    }
+
+    #[inline(always)]
+    fn set_device(&self, index: u32) {
+        // SAFETY: see above.
+        unsafe { (*self.0).device = index };
     }
 
     #[inline(always)]
@@ -111,7 +130,27 @@ impl PacketTables for Device {
 
     #[inline(always)]
     fn device(&self) -> Option<DeviceEntry> {
-        let device = DEVICES.get_ptr(&self.index)?;
+        self.other_device(self.index)
+    }
+
+    #[inline(always)]
+    fn device_index(&self) -> u32 {
+        self.index
+    }
+
+    #[inline(always)]
+    fn is_own(&self) -> bool {
+        self.is_own
+    }
+
+    #[inline(always)]
+    fn route(&self, to: &Address, v6: bool) -> Route {
+        route::lookup(self.skb, self.index, to, v6).0
+    }
+
+    #[inline(always)]
+    fn other_device(&self, index: u32) -> Option<DeviceEntry> {
+        let device = DEVICES.get_ptr(index)?;
         // SAFETY: readable until the program ends.
         Some(unsafe { *device })
     }
@@ -164,10 +203,10 @@ impl PacketTables for Device {
                 zero: 0,
                 zeros: 0,
             };
-            if SNAT.insert(&snat, key, 0).is_err() {
+            if SNAT.insert(snat, key, 0).is_err() {
                 return false;
             }
-            let _ = YOUNG_SNAT.remove(&snat);
+            let _ = YOUNG_SNAT.remove(snat);
         }
         if FLOWS.insert(key, flow, 0).is_err() {
             return false;

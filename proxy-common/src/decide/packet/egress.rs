@@ -2,7 +2,7 @@ use super::flow::{find, touch};
 use super::headers::{FIN, RST, with_ports};
 use super::nat::{Side, rewrite};
 use super::{FlowEntry, Headers, Packet, PacketTables, Verdict};
-use crate::abi::{Address, Flow, FlowKey, Outcome, Port, Protocol, SnatKey};
+use crate::abi::{Address, Device, Flow, FlowKey, Outcome, Port, Protocol, SnatKey};
 use crate::decide::Peer;
 
 /// Ports that are tried before a connection is given up.
@@ -41,7 +41,7 @@ pub fn egress(
             let flow = entry.flow();
             let mut to = (flow.snat, flow.snat_port);
             if flow.snat_port == Port::new(0) {
-                let Some(claimed) = claim(tables, headers, &key) else {
+                let Some(claimed) = claim(tables, tables.device(), headers, &key, destination) else {
                     tables.count(Outcome::PacketNoSourcePort);
                     return Some(Verdict::Drop);
                 };
@@ -50,14 +50,18 @@ pub fn egress(
             }
             rewrite(packet, headers, Side::Source, to)?;
             tables.count(Outcome::PacketSourceReplaced);
+            return Some(Verdict::Next);
         }
+    }
+    if tables.is_own() && tables.may_be_vip(&destination.0) {
+        return Some(Verdict::OwnNode);
     }
     Some(Verdict::Next)
 }
 
 /// The backend has answered: the flow grows up with its first reply.
 #[inline(always)]
-fn answered<T: PacketTables>(tables: &T, headers: &Headers, key: &FlowKey, entry: &T::Entry) {
+pub(super) fn answered<T: PacketTables>(tables: &T, headers: &Headers, key: &FlowKey, entry: &T::Entry) {
     let flow = entry.flow();
     let tcp_flags = headers.tcp_flags;
     let mut flags = Flow::ANSWERED;
@@ -81,18 +85,24 @@ fn answered<T: PacketTables>(tables: &T, headers: &Headers, key: &FlowKey, entry
 
 /// A source for a connection that nobody else with this backend has (M7).
 #[inline(always)]
-fn claim(tables: &impl PacketTables, headers: &Headers, client: &FlowKey) -> Option<Peer> {
+pub(super) fn claim(
+    tables: &impl PacketTables,
+    device: Option<Device>,
+    headers: &Headers,
+    client: &FlowKey,
+    backend: Peer,
+) -> Option<Peer> {
     let settings = tables.settings()?;
-    let device = tables.device()?;
+    let device = device?;
     let snat = if headers.v6 { device.v6 } else { device.v4 };
     if snat == Address::default() {
         return None;
     }
     let mut key = SnatKey {
         snat,
-        backend: headers.destination.0,
+        backend: backend.0,
         snat_port: headers.source.1,
-        backend_port: headers.destination.1,
+        backend_port: backend.1,
         protocol: headers.protocol,
         zero: 0,
         zeros: 0,

@@ -37,15 +37,19 @@ pub(super) fn find<T: PacketTables>(
 
 /// Stores a new flow where this client port has no other that goes on; the last slot gives way.
 #[inline(always)]
-pub(super) fn store<T: PacketTables>(tables: &T, key: &FlowKey, flow: &Flow) -> Option<FlowKey> {
+pub(super) fn store<T: PacketTables>(tables: &T, key: &FlowKey, flow: &Flow) -> Option<(FlowKey, T::Entry)> {
     for slot in 0..FlowKey::SLOTS {
         let key = key.in_slot(slot);
         let Some(entry) = tables.flow(&key) else {
-            return if tables.remember_flow(&key, flow) { Some(key) } else { None };
+            if !tables.remember_flow(&key, flow) {
+                return None;
+            }
+            let entry = tables.flow(&key)?;
+            return Some((key, entry));
         };
         if slot + 1 == FlowKey::SLOTS || entry.flow().is_over() {
             entry.replace(flow);
-            return Some(key);
+            return Some((key, entry));
         }
     }
     None

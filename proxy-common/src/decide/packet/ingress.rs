@@ -1,11 +1,10 @@
-use core::borrow::Borrow;
-
 use super::flow::{find, store, touch};
 use super::headers::{FIN, RST, with_ports};
 use super::nat::{Side, rewrite};
+use super::own_node::own_node_reply;
 use super::{FlowEntry, Headers, Packet, PacketTables, Verdict};
 use crate::abi::{
-    Address, BackendId, ClientKey, Flow, FlowKey, FrontendKey, FrontendKind, FrontendValue, Origin, Outcome,
+    Address, ClientKey, Flow, FlowKey, FrontendKey, FrontendKind, FrontendValue, Origin, Outcome,
     PacketSettings, Protocol, SnatKey, WhichSet,
 };
 use crate::decide::snat::Snat;
@@ -13,13 +12,12 @@ use crate::decide::{Client, Connect, get, serve};
 
 /// A TCP, UDP or SCTP packet that comes in by a device; ICMP has a way of its own. `None`: cut short; it is left alone.
 ///
-/// `decide` is [`decide`] of these headers, in whatever way the caller has to call it.
+/// [`Verdict::Begin`] asks for [`decide`], and then for [`begin`] or [`stay`].
 #[inline(always)]
-pub fn ingress<F: Borrow<Flow>>(
+pub fn ingress(
     packet: &mut impl Packet,
     tables: &impl PacketTables,
     headers: &mut Headers,
-    decide: impl Fn(&Headers) -> Decision<F>,
 ) -> Option<Verdict> {
     let Some(()) = with_ports(tables, headers, false) else { return Some(Verdict::Next) };
     let headers = &*headers;
@@ -35,57 +33,109 @@ pub fn ingress<F: Borrow<Flow>>(
             zeros: 0,
         };
         if let Some(client) = tables.snat(&key) {
-            rewrite(packet, headers, Side::Destination, (client.client, client.port))?;
             tables.count(Outcome::PacketSourceRestored);
+            if let Some(entry) = tables.flow(&client)
+                && entry.flow().flags & Flow::OWN_NODE != 0
+            {
+                return own_node_reply(packet, tables, headers, &client, &entry);
+            }
+            rewrite(packet, headers, Side::Destination, (client.client, client.port))?;
             return Some(Verdict::Next);
         }
     }
     if !tables.may_be_vip(&headers.destination.0) {
         return Some(unassigned(tables, &headers.destination.0));
     }
-    let key = FlowKey::new(headers.source.0, headers.source.1, headers.protocol);
-    let vip = headers.destination;
-    // Only a first packet makes a flow: whatever goes on without us was set up by somebody else.
-    let begins = !headers.later_fragment && (!matches!(protocol, Protocol::Tcp) || headers.is_syn());
-    let known = find(tables, &key, |flow| flow.vip == vip.0 && flow.vip_port == vip.1);
-    if let Some((_, entry)) = known {
-        // C3, C7: without anybody better it stays as it is.
-        if begins
-            && is_over(tables, protocol, entry.flow())
-            && let Decision::Forward(flow) = decide(headers)
-        {
-            entry.replace(flow.borrow());
-            tables.count(Outcome::PacketForwarded);
-        } else {
-            follow(tables, headers, &entry);
-            tables.count(Outcome::PacketFollowed);
+    let Some((_, entry)) = find_dialled(tables, headers) else {
+        if begins(headers) {
+            return Some(Verdict::Begin);
         }
-        let to = (entry.flow().backend, entry.flow().backend_port);
-        rewrite(packet, headers, Side::Destination, to)?;
-        return Some(Verdict::Next);
-    }
-    if !begins {
         tables.count(Outcome::PacketUntouched);
         return Some(Verdict::Next);
+    };
+    if begins(headers) && is_over(tables, protocol, entry.flow()) {
+        return Some(Verdict::Begin);
     }
-    match decide(headers) {
-        Decision::Forward(flow) => {
-            let flow = flow.borrow();
-            if store(tables, &key, flow).is_none() {
-                tables.count(Outcome::PacketNoRoom);
-                return Some(Verdict::Drop);
-            }
-            rewrite(packet, headers, Side::Destination, (flow.backend, flow.backend_port))?;
-            tables.count(Outcome::PacketForwarded);
-            Some(Verdict::Next)
-        }
-        Decision::Verdict(verdict) => Some(verdict),
+    follow(tables, headers, &entry);
+    forward(packet, headers, entry.flow())
+}
+
+/// A new connection that [`decide`] sends to a backend, or an old flow that goes on with another one.
+#[inline(always)]
+pub fn begin(
+    packet: &mut impl Packet,
+    tables: &impl PacketTables,
+    headers: &Headers,
+    flow: &Flow,
+) -> Option<Verdict> {
+    let Some(_) = remember(tables, headers, flow) else { return Some(Verdict::Drop) };
+    forward(packet, headers, flow)
+}
+
+/// One that [`decide`] sends to nobody: a flow without anybody better stays as it is (C3, C7).
+#[inline(always)]
+pub fn stay(
+    packet: &mut impl Packet,
+    tables: &impl PacketTables,
+    headers: &Headers,
+    otherwise: Verdict,
+) -> Option<Verdict> {
+    let Some((_, entry)) = find_dialled(tables, headers) else { return Some(otherwise) };
+    follow(tables, headers, &entry);
+    forward(packet, headers, entry.flow())
+}
+
+/// Only a first packet makes a flow: whatever goes on without us was set up by somebody else.
+#[inline(always)]
+pub(super) fn begins(headers: &Headers) -> bool {
+    !headers.later_fragment && (headers.protocol != Protocol::Tcp.number() || headers.is_syn())
+}
+
+/// The flow of this client port to what the packet is for.
+#[inline(always)]
+pub(super) fn find_dialled<T: PacketTables>(tables: &T, headers: &Headers) -> Option<(FlowKey, T::Entry)> {
+    let key = FlowKey::new(headers.source.0, headers.source.1, headers.protocol);
+    let vip = headers.destination;
+    find(tables, &key, |flow| flow.vip == vip.0 && flow.vip_port == vip.1)
+}
+
+/// Stores a flow, in the place of the one that it replaces.
+#[inline(always)]
+pub(super) fn remember<T: PacketTables>(
+    tables: &T,
+    headers: &Headers,
+    flow: &Flow,
+) -> Option<(FlowKey, T::Entry)> {
+    if let Some((key, entry)) = find_dialled(tables, headers) {
+        entry.replace(flow);
+        tables.count(Outcome::PacketForwarded);
+        return Some((key, entry));
     }
+    let key = FlowKey::new(headers.source.0, headers.source.1, headers.protocol);
+    let stored = store(tables, &key, flow);
+    if stored.is_none() {
+        tables.count(Outcome::PacketNoRoom);
+    } else {
+        tables.count(Outcome::PacketForwarded);
+    }
+    stored
+}
+
+#[inline(always)]
+fn forward(packet: &mut impl Packet, headers: &Headers, flow: &Flow) -> Option<Verdict> {
+    let (to, verdict) = ((flow.backend, flow.backend_port), to_backend(flow));
+    rewrite(packet, headers, Side::Destination, to)?;
+    Some(verdict)
+}
+
+#[inline(always)]
+const fn to_backend(flow: &Flow) -> Verdict {
+    if flow.needs_snat() { Verdict::Next } else { Verdict::ToBackend }
 }
 
 /// Whether a first packet, or any datagram, of a known flow is to find another backend.
 #[inline(always)]
-fn is_over(tables: &impl PacketTables, protocol: Protocol, flow: &Flow) -> bool {
+pub(super) fn is_over(tables: &impl PacketTables, protocol: Protocol, flow: &Flow) -> bool {
     match protocol {
         // The client's port is used anew, or nobody is left to answer.
         Protocol::Tcp => flow.is_over() || get(tables, flow.backend_id).is_none(),
@@ -97,7 +147,7 @@ fn is_over(tables: &impl PacketTables, protocol: Protocol, flow: &Flow) -> bool 
 
 /// What a packet of a known connection does to it.
 #[inline(always)]
-fn follow<T: PacketTables>(tables: &T, headers: &Headers, entry: &T::Entry) {
+pub(super) fn follow<T: PacketTables>(tables: &T, headers: &Headers, entry: &T::Entry) {
     let mut flags = 0;
     if headers.tcp_flags & FIN != 0 {
         flags |= Flow::CLIENT_FIN;
@@ -109,13 +159,14 @@ fn follow<T: PacketTables>(tables: &T, headers: &Headers, entry: &T::Entry) {
         entry.set_flags(flags);
     }
     touch(entry, tables.now_ns());
+    tables.count(Outcome::PacketFollowed);
 }
 
 /// What becomes of a new connection.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Decision<F = Flow> {
+pub enum Decision {
     /// It makes this flow.
-    Forward(F),
+    Forward(Flow),
     /// It makes none.
     Verdict(Verdict),
 }
@@ -141,8 +192,25 @@ pub fn decide(tables: &impl PacketTables, headers: &Headers) -> Decision {
                 tables.count(Outcome::PacketRejected);
                 return Decision::Verdict(Verdict::Refuse);
             }
-            let snat = replaces_source(settings, &frontend, origin, headers.v6, backend.address == source.0);
-            Decision::Forward(new_flow(tables, &frontend, headers, id, (backend.address, backend.port), snat))
+            let hairpin = backend.address == source.0;
+            let mut flags = 0;
+            if matches!(origin, Origin::Node) {
+                // Whatever rule M says: only a replaced source finds its way back here.
+                flags = Flow::OWN_NODE | Flow::NEEDS_SNAT;
+            } else if replaces_source(settings, &frontend, origin, headers.v6, hairpin) {
+                flags = Flow::NEEDS_SNAT;
+            }
+            Decision::Forward(Flow {
+                vip: vip.0,
+                backend: backend.address,
+                backend_id: id,
+                used_ns: tables.now_ns(),
+                service: frontend.service(),
+                vip_port: vip.1,
+                backend_port: backend.port,
+                flags,
+                ..Flow::default()
+            })
         }
         Connect::Reject => {
             tables.count(Outcome::PacketRejected);
@@ -163,31 +231,12 @@ pub fn decide(tables: &impl PacketTables, headers: &Headers) -> Decision {
     }
 }
 
-#[inline(always)]
-fn new_flow(
-    tables: &impl PacketTables,
-    frontend: &FrontendValue,
-    headers: &Headers,
-    backend_id: BackendId,
-    backend: crate::decide::Peer,
-    snat: bool,
-) -> Flow {
-    Flow {
-        vip: headers.destination.0,
-        backend: backend.0,
-        backend_id,
-        used_ns: tables.now_ns(),
-        service: frontend.service(),
-        vip_port: headers.destination.1,
-        backend_port: backend.1,
-        flags: if snat { Flow::NEEDS_SNAT } else { 0 },
-        ..Flow::default()
-    }
-}
-
 /// M1. A packet that comes in by a device is never the node's own.
 #[inline(always)]
 fn origin(tables: &impl PacketTables, settings: &PacketSettings, source: &Address) -> Origin {
+    if tables.is_own() {
+        return Origin::Node;
+    }
     let ranges = settings.local_pods.iter().take(settings.local_pods_count as usize);
     for range in ranges {
         if range.contains(source) {

@@ -14,12 +14,14 @@ mod headers;
 mod icmp;
 mod ingress;
 mod nat;
+mod own_node;
 mod refuse;
 
 pub use egress::egress;
 pub use headers::{Headers, L2_BYTES, parse};
 pub use icmp::{icmp_egress, icmp_ingress};
-pub use ingress::{Decision, decide, ingress};
+pub use ingress::{Decision, begin, decide, ingress, stay};
+pub use own_node::{begin_own, own_node, stay_own};
 pub use refuse::refuse;
 
 use super::Tables;
@@ -79,6 +81,8 @@ pub trait FlowEntry: Copy {
     fn touch(&self, now_ns: u64);
     /// Its replaced source.
     fn set_snat(&self, snat: Address, port: Port);
+    /// By which device a process of this node sends.
+    fn set_device(&self, index: u32);
     /// Another flow in the same place.
     fn replace(&self, flow: &Flow);
 }
@@ -98,6 +102,14 @@ pub trait PacketTables: Tables {
     fn lets_in(&self, service: ServiceId, client: &Address) -> bool;
     /// The device of this hook.
     fn device(&self) -> Option<Device>;
+    /// Its interface index.
+    fn device_index(&self) -> u32;
+    /// Whether a process of this node made the packet. At egress only.
+    fn is_own(&self) -> bool;
+    /// The device by which routing would send a packet of this node to `to`.
+    fn route(&self, to: &Address, v6: bool) -> Route;
+    /// Another device.
+    fn other_device(&self, index: u32) -> Option<Device>;
     /// `FLOW_FILTER`: `false` is certain.
     fn may_be_flow(&self, client: &Address, port: Port) -> bool;
     /// Whether any client port has ever talked to several VIPs; `false` is certain.
@@ -124,11 +136,32 @@ pub trait PacketTables: Tables {
     fn count(&self, outcome: Outcome);
 }
 
+/// Where routing sends a packet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Route {
+    /// Out by this interface.
+    Device(u32),
+    /// To this node itself.
+    Local,
+    /// Nowhere.
+    None,
+}
+
 /// What becomes of a frame.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Verdict {
     /// It goes on, changed or not.
     Next,
+    /// It begins a connection: [`decide`] says which.
+    Begin,
+    /// It goes on, now to a backend and with its own source: where that is behind the same bridge, it stays in the bridge.
+    ToBackend,
+    /// A process of this node sends it to what may be a VIP: [`own_node`] says what becomes of it.
+    OwnNode,
+    /// It leaves by this interface, by way of the neighbour tables.
+    Leave(u32),
+    /// It comes in by this interface.
+    ComeIn(u32),
     /// Not answered (Z5).
     Drop,
     /// Answered at once (Z4): [`refuse`] makes the answer, which goes back by the device that it came from.

@@ -1,0 +1,103 @@
+//! Processes of this node that no socket hook saw: sockets made before the start, and the kernel's own.
+//!
+//! Their packets meet no hook at ingress, so both sides are replaced where they leave: the VIP by the backend, and the
+//! source, so that the reply finds its way back here. A reply is handed to the device by which the process sent.
+
+use super::egress::{answered, claim};
+use super::ingress::{begins, find_dialled, follow, is_over, other, remember};
+use super::nat::{Side, rewrite};
+use super::{FlowEntry, Headers, Packet, PacketTables, Route, Verdict};
+use crate::abi::{Flow, FlowKey, Outcome, Port};
+
+/// A packet that leaves for what may be a VIP. [`Verdict::Begin`] asks for a decision as at ingress, and then for
+/// [`begin_own`] or [`stay_own`].
+#[inline(always)]
+pub fn own_node(packet: &mut impl Packet, tables: &impl PacketTables, headers: &Headers) -> Option<Verdict> {
+    let Some(protocol) = headers.transport() else { return Some(other(tables, headers)) };
+    let Some((key, entry)) = find_dialled(tables, headers) else {
+        return Some(if begins(headers) { Verdict::Begin } else { Verdict::Next });
+    };
+    if begins(headers) && is_over(tables, protocol, entry.flow()) {
+        return Some(Verdict::Begin);
+    }
+    follow(tables, headers, &entry);
+    leave(packet, tables, headers, &key, &entry)
+}
+
+/// As [`super::begin`].
+#[inline(always)]
+pub fn begin_own(
+    packet: &mut impl Packet,
+    tables: &impl PacketTables,
+    headers: &Headers,
+    flow: &Flow,
+) -> Option<Verdict> {
+    let Some((key, entry)) = remember(tables, headers, flow) else { return Some(Verdict::Drop) };
+    leave(packet, tables, headers, &key, &entry)
+}
+
+/// As [`super::stay`].
+#[inline(always)]
+pub fn stay_own(
+    packet: &mut impl Packet,
+    tables: &impl PacketTables,
+    headers: &Headers,
+    otherwise: Verdict,
+) -> Option<Verdict> {
+    let Some((key, entry)) = find_dialled(tables, headers) else { return Some(otherwise) };
+    follow(tables, headers, &entry);
+    leave(packet, tables, headers, &key, &entry)
+}
+
+#[inline(always)]
+fn leave<T: PacketTables>(
+    packet: &mut impl Packet,
+    tables: &T,
+    headers: &Headers,
+    key: &FlowKey,
+    entry: &T::Entry,
+) -> Option<Verdict> {
+    let backend = (entry.flow().backend, entry.flow().backend_port);
+    let device = match tables.route(&backend.0, headers.v6) {
+        Route::Device(device) => device,
+        Route::Local | Route::None => {
+            tables.count(Outcome::PacketNoRoute);
+            return Some(Verdict::Drop);
+        }
+    };
+    let mut source = (entry.flow().snat, entry.flow().snat_port);
+    if source.1 == Port::new(0) {
+        let Some(claimed) = claim(tables, tables.other_device(device), headers, key, backend) else {
+            tables.count(Outcome::PacketNoSourcePort);
+            return Some(Verdict::Drop);
+        };
+        entry.set_snat(claimed.0, claimed.1);
+        entry.set_device(tables.device_index());
+        source = claimed;
+    }
+    rewrite(packet, headers, Side::Source, source)?;
+    rewrite(packet, headers, Side::Destination, backend)?;
+    Some(Verdict::Leave(device))
+}
+
+/// What a backend sends back to such a process.
+#[inline(always)]
+pub(super) fn own_node_reply<T: PacketTables>(
+    packet: &mut impl Packet,
+    tables: &T,
+    headers: &Headers,
+    client: &FlowKey,
+    entry: &T::Entry,
+) -> Option<Verdict> {
+    let vip = (entry.flow().vip, entry.flow().vip_port);
+    let index = entry.flow().device;
+    answered(tables, headers, client, entry);
+    rewrite(packet, headers, Side::Destination, (client.client, client.port))?;
+    rewrite(packet, headers, Side::Source, vip)?;
+    let Some(device) = tables.other_device(index) else { return Some(Verdict::Next) };
+    // The device takes only what is addressed to it.
+    let mac = device.mac;
+    packet.store16(0, u16::from_ne_bytes([mac[0], mac[1]]))?;
+    packet.store32(2, u32::from_ne_bytes([mac[2], mac[3], mac[4], mac[5]]))?;
+    Some(Verdict::ComeIn(index))
+}
