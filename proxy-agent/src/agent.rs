@@ -37,6 +37,8 @@ pub struct Config {
     pub pins: Pins,
     /// Sizes of the tables, unless tables are pinned already.
     pub limits: Limits,
+    /// Whether packets are served, or only sockets.
+    pub packet_path: bool,
 }
 
 /// See the module.
@@ -65,7 +67,7 @@ impl Agent {
     pub fn start(config: Config) -> Result<Self, kernel::Error> {
         config.pins.prepare()?;
         let generation = config.pins.generations()?.first().copied().unwrap_or(0);
-        let settings = Settings::of_this_host()?;
+        let settings = Settings::of_this_host(config.packet_path)?;
         if !settings.set_retval {
             tracing::warn!(
                 "this kernel cannot refuse a connection with ECONNREFUSED (needs 5.18): left to the packet path"

@@ -71,6 +71,7 @@ impl RunArgs {
                 slots: self.limits.initial_slots,
                 backends: self.limits.initial_backends,
             },
+            packet_path: true,
         };
         if !nix::unistd::geteuid().is_root() {
             bail!(

@@ -7,12 +7,14 @@ use std::path::{Path, PathBuf};
 
 use aya::maps::{Map, MapData};
 use aya::programs::links::{FdLink, PinnedLink};
-use aya::programs::{CgroupAttachMode, CgroupSockAddr};
+use aya::programs::{CgroupAttachMode, CgroupSockAddr, SchedClassifier};
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfLoader};
+use proxy_common::abi::packet::{FLOW_PLACES, SNAT_PLACES, VIP_PLACES};
 use proxy_common::abi::{
-    AffinityEntry, AffinityKey, Backend, BackendId, DatagramFlow, DatagramKey, DatagramOrigin, FrontendKey,
-    FrontendValue, Outcome, ServiceRecord, SocketOrigin,
+    Address, AffinityEntry, AffinityKey, Backend, BackendId, DatagramFlow, DatagramKey, DatagramOrigin,
+    Device, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey, FrontendValue, Outcome, PacketSettings,
+    ServiceRecord, SnatKey, SocketOrigin, SourceRange,
 };
 
 use super::{Error, Pins, sys};
@@ -33,6 +35,9 @@ pub const PROGRAMS: [&str; 8] = [
     "sock_connect6",
 ];
 
+/// Programs of the packet path, by direction. The link's pin has the device's index after this name.
+pub const CLASSIFIERS: [&str; 2] = ["tc_ingress", "tc_egress"];
+
 /// `bpf_set_retval` came with it.
 const SET_RETVAL_SINCE: (u8, u8, u16) = (5, 18, 0);
 
@@ -49,7 +54,7 @@ macro_rules! shape {
     };
 }
 
-/// Maps that the agent writes; one set for each generation.
+/// Maps that the agent writes and that grow; one set for each generation.
 const TABLES: [Shape; 4] = [
     shape!("FRONTENDS", FrontendKey, FrontendValue),
     shape!("SERVICES", u32, ServiceRecord),
@@ -57,13 +62,26 @@ const TABLES: [Shape; 4] = [
     shape!("BACKENDS", u32, Backend),
 ];
 
-/// Maps that the programs write; shared by all generations.
-const STATE: [Shape; 5] = [
+/// Maps that the programs write, and those of the agent that keep their size; shared by all generations.
+const STATE: [Shape; 17] = [
     shape!("AFFINITY", AffinityKey, AffinityEntry),
     shape!("DATAGRAM_FLOWS", DatagramKey, DatagramFlow),
     shape!("DATAGRAM_ORIGIN", DatagramKey, DatagramOrigin),
     shape!("SOCKET_ORIGIN", i32, SocketOrigin),
     shape!("COUNTERS", u32, u64),
+    shape!("VIPS", u32, [u8; VIP_PLACES]),
+    shape!("CLUSTER_IPS", Address, u32),
+    shape!("DEVICES", u32, Device),
+    shape!("PACKET_SETTINGS", u32, PacketSettings),
+    // Before the key of a trie stands the number of bits that count.
+    shape!("SOURCE_RANGES", (u32, SourceRange), u32),
+    shape!("FLOW_FILTER", u32, [u8; FLOW_PLACES]),
+    shape!("SNAT_PORTS", u32, [u8; SNAT_PLACES]),
+    shape!("FLOWS", FlowKey, Flow),
+    shape!("YOUNG_FLOWS", FlowKey, Flow),
+    shape!("SNAT", SnatKey, FlowKey),
+    shape!("YOUNG_SNAT", SnatKey, FlowKey),
+    shape!("FRAGMENTS", FragmentKey, FragmentPorts),
 ];
 
 /// What the programs are told at load time.
@@ -73,6 +91,8 @@ pub struct Settings {
     pub host_netns: u64,
     /// Whether the kernel lets a hook choose the error (B2).
     pub set_retval: bool,
+    /// Whether the programs of the packet path are loaded at all.
+    pub packet_path: bool,
 }
 
 impl Settings {
@@ -80,7 +100,7 @@ impl Settings {
     ///
     /// # Errors
     /// If the kernel's version cannot be read.
-    pub fn of_this_host() -> Result<Self, Error> {
+    pub fn of_this_host(packet_path: bool) -> Result<Self, Error> {
         let (major, minor, patch) = SET_RETVAL_SINCE;
         let version = KernelVersion::current().map_err(|error| {
             Error::path("read the kernel version from", "/proc")(std::io::Error::other(error))
@@ -88,6 +108,7 @@ impl Settings {
         Ok(Self {
             host_netns: sys::netns_cookie().unwrap_or(0),
             set_retval: version >= KernelVersion::new(major, minor, patch),
+            packet_path,
         })
     }
 }
@@ -140,7 +161,25 @@ impl Loaded {
                 source,
             })?;
         }
+        for name in CLASSIFIERS.into_iter().filter(|_| settings.packet_path) {
+            classifier(&mut ebpf, name)?.load().map_err(|source| Error::Program {
+                action: "load",
+                program: name,
+                source,
+            })?;
+        }
         Ok(Self { ebpf, pins: pins.clone(), generation })
+    }
+
+    /// One of [`CLASSIFIERS`].
+    pub(super) fn classifier(&self, name: &'static str) -> Result<&SchedClassifier, Error> {
+        let program = self.ebpf.program(name).ok_or(Error::NoProgram(name))?;
+        program.try_into().map_err(|source| Error::Program { action: "use", program: name, source })
+    }
+
+    /// Where it pins.
+    pub(super) const fn pins(&self) -> &Pins {
+        &self.pins
     }
 
     /// Attaches every program to the cgroup, or replaces the program of a link that a former run pinned: at no moment
@@ -215,6 +254,11 @@ pub fn links(pins: &Pins) -> Vec<(&'static str, Option<u64>)> {
 }
 
 fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut CgroupSockAddr, Error> {
+    let program = ebpf.program_mut(name).ok_or(Error::NoProgram(name))?;
+    program.try_into().map_err(|source| Error::Program { action: "use", program: name, source })
+}
+
+fn classifier<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut SchedClassifier, Error> {
     let program = ebpf.program_mut(name).ok_or(Error::NoProgram(name))?;
     program.try_into().map_err(|source| Error::Program { action: "use", program: name, source })
 }

@@ -1,4 +1,5 @@
-//! System calls that aya 0.14 does not offer: batches on maps, link updates, the network-namespace cookie.
+//! System calls that aya 0.14 does not offer: batches on maps, link updates, links by interface index, the
+//! network-namespace cookie.
 
 use std::ffi::CString;
 use std::io;
@@ -8,7 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use aya::Pod;
-use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_link_info};
+use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_link_type};
 
 /// Entries of one batch call: large enough to make the call's own cost vanish, small enough for one page of keys.
 const BATCH: usize = 256;
@@ -41,6 +42,31 @@ pub(super) fn object_get(path: &Path) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Pins an object.
+pub(super) fn object_pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr = zeroed();
+    attr.__bindgen_anon_4.pathname = path.as_ptr() as u64;
+    attr.__bindgen_anon_4.bpf_fd = raw(object);
+    bpf(bpf_cmd::BPF_OBJ_PIN, &mut attr).map(drop)
+}
+
+/// Attaches a program to a device, after those that are there. By index: a name may be another device's by now.
+pub(super) fn link_create_tcx(
+    program: BorrowedFd<'_>,
+    device: u32,
+    direction: bpf_attach_type,
+) -> io::Result<OwnedFd> {
+    let mut attr = zeroed();
+    attr.link_create.__bindgen_anon_1.prog_fd = raw(program);
+    attr.link_create.__bindgen_anon_2.target_ifindex = device;
+    attr.link_create.attach_type = direction as u32;
+    let fd = bpf(bpf_cmd::BPF_LINK_CREATE, &mut attr)?;
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// Atomically replaces the program of a link.
 pub(super) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     let mut attr = zeroed();
@@ -58,6 +84,22 @@ pub(super) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
 
 /// Id of the cgroup that a cgroup link is attached to; 0 once that cgroup is gone.
 pub(super) fn link_cgroup(link: BorrowedFd<'_>) -> io::Result<u64> {
+    let info = link_info(link)?;
+    // SAFETY: every variant is plain integers; the caller asks only about cgroup links.
+    Ok(unsafe { info.__bindgen_anon_1.cgroup.cgroup_id })
+}
+
+/// Index of the device that a tcx link is attached to; 0 once that device is gone, or if it is another kind of link.
+pub(super) fn link_device(link: BorrowedFd<'_>) -> io::Result<u32> {
+    let info = link_info(link)?;
+    if info.type_ != bpf_link_type::BPF_LINK_TYPE_TCX as u32 {
+        return Ok(0);
+    }
+    // SAFETY: every variant is plain integers, and this one is the link's.
+    Ok(unsafe { info.__bindgen_anon_1.tcx.ifindex })
+}
+
+fn link_info(link: BorrowedFd<'_>) -> io::Result<bpf_link_info> {
     // SAFETY: plain integers; all zero is a value.
     let mut info: bpf_link_info = unsafe { MaybeUninit::zeroed().assume_init() };
     let mut attr = zeroed();
@@ -65,8 +107,7 @@ pub(super) fn link_cgroup(link: BorrowedFd<'_>) -> io::Result<u64> {
     attr.info.info = std::ptr::from_mut(&mut info) as u64;
     attr.info.info_len = u32::try_from(size_of::<bpf_link_info>()).map_err(io::Error::other)?;
     bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
-    // SAFETY: every variant is plain integers; the caller asks only about cgroup links.
-    Ok(unsafe { info.__bindgen_anon_1.cgroup.cgroup_id })
+    Ok(info)
 }
 
 /// Writes entries until the first failure; returns how many were written and that failure.

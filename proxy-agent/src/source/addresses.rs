@@ -3,24 +3,14 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::time::Duration;
 
-use nix::errno::Errno;
 use nix::ifaddrs::getifaddrs;
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, SockaddrStorage, bind, recv,
-    socket,
-};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
+use nix::sys::socket::SockaddrStorage;
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::warn;
 
+use super::notices::{Notices, REST};
 use crate::object::{Batch, Change};
-
-/// Pods that come and go make notices by the hundred; reading all interfaces for each would be wasted.
-const REST: Duration = Duration::from_millis(20);
 
 /// Why own addresses cannot be followed.
 #[derive(Debug, thiserror::Error)]
@@ -50,7 +40,7 @@ fn ip(address: &SockaddrStorage) -> Option<IpAddr> {
 /// Sends all addresses, then again whenever they differ, until `tx` is closed.
 pub async fn run(tx: UnboundedSender<Batch>) -> Result<(), Error> {
     // Listen first, read then: a change in between is read twice rather than missed.
-    let notices = notices().map_err(Error::Notices)?;
+    let notices = Notices::new().map_err(Error::Notices)?;
     let mut last = read().map_err(Error::List)?;
     if tx.send(vec![Change::OwnAddresses(last.clone())]).is_err() {
         return Ok(());
@@ -58,7 +48,7 @@ pub async fn run(tx: UnboundedSender<Batch>) -> Result<(), Error> {
     loop {
         tokio::select! {
             () = tx.closed() => return Ok(()),
-            result = next(&notices) => result.map_err(Error::Notices)?,
+            result = notices.next() => result.map_err(Error::Notices)?,
         }
         match read() {
             Ok(addresses) if addresses == last => {}
@@ -75,47 +65,10 @@ pub async fn run(tx: UnboundedSender<Batch>) -> Result<(), Error> {
     }
 }
 
-/// A socket that is readable after addresses or links changed.
-fn notices() -> io::Result<AsyncFd<OwnedFd>> {
-    let fd = socket(
-        AddressFamily::Netlink,
-        SockType::Raw,
-        SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
-        SockProtocol::NetlinkRoute,
-    )?;
-    let groups = libc::RTMGRP_IPV4_IFADDR | libc::RTMGRP_IPV6_IFADDR | libc::RTMGRP_LINK;
-    bind(fd.as_raw_fd(), &NetlinkAddr::new(0, groups.unsigned_abs()))?;
-    // SAFETY: an `OwnedFd` names the same open file until it is dropped, and `AsyncFd` drops it after its registration.
-    let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?;
-    Ok(fd)
-}
-
-/// Waits for notices and throws them away: what they say is read from the interfaces, so none can be misread, and
-/// none that was lost can be missed.
-async fn next(notices: &AsyncFd<OwnedFd>) -> io::Result<()> {
-    let mut buffer = [0; 8192];
-    let mut some = false;
-    loop {
-        let mut guard = notices.readable().await?;
-        loop {
-            match recv(notices.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
-                // ENOBUFS: the kernel dropped notices because too many were waiting.
-                Ok(_) | Err(Errno::ENOBUFS) => some = true,
-                Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => break,
-                Err(error) => return Err(error.into()),
-            }
-        }
-        guard.clear_ready();
-        if some {
-            return Ok(());
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::process::Command;
+    use std::time::Duration;
 
     use nix::sched::{CloneFlags, unshare};
     use tokio::sync::mpsc;

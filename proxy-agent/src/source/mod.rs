@@ -4,3 +4,5 @@ pub mod addresses;
 pub mod derive;
 pub mod files;
 pub mod kube;
+pub mod links;
+mod notices;

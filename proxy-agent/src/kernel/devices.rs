@@ -1,0 +1,131 @@
+//! The hooks of the packet path: two tcx links on each device, pinned as `links/PROGRAM-IFINDEX`.
+//!
+//! A link belongs to the device that it was made for, not to its index: when the device goes, the kernel says index 0,
+//! and another device that gets the index later does not get the hook.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use aya_obj::generated::bpf_attach_type::{self, BPF_TCX_EGRESS, BPF_TCX_INGRESS};
+
+use super::{Error, Loaded, Pins, sys};
+
+/// Programs and where they go, in the order of attachment: the way back first.
+const HOOKS: [(&str, bpf_attach_type); 2] = [("tc_egress", BPF_TCX_EGRESS), ("tc_ingress", BPF_TCX_INGRESS)];
+
+impl Loaded {
+    /// Puts both programs on a device, or replaces the programs of the links that a former run pinned: at no moment is a
+    /// hook without a program. Returns how many links had to be made; `None`: there is no such device (any more).
+    ///
+    /// # Errors
+    /// If the kernel refuses; tcx came with 6.6.
+    pub fn hook(&self, device: u32) -> Result<Option<usize>, Error> {
+        let mut made = 0;
+        for (name, direction) in HOOKS {
+            let pin = pin(self.pins(), name, device);
+            let program = self.classifier(name)?;
+            let fd =
+                program.fd().map_err(|source| Error::Program { action: "use", program: name, source })?;
+            if let Some(link) = open(&pin, name)? {
+                if device_of(&link, name)? == device {
+                    match sys::link_update(link.as_fd(), fd.as_fd()) {
+                        Ok(()) => continue,
+                        // The device went in between.
+                        Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => {}
+                        Err(source) => return Err(Error::Link { action: "update", program: name, source }),
+                    }
+                }
+                remove(&pin, name)?;
+            }
+            let link = match sys::link_create_tcx(fd.as_fd(), device, direction) {
+                Ok(link) => link,
+                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(None),
+                Err(source) => return Err(Error::Link { action: "make", program: name, source }),
+            };
+            let failed = |source| Error::Link { action: "pin", program: name, source };
+            sys::object_pin(link.as_fd(), &pin).map_err(failed)?;
+            made += 1;
+        }
+        Ok(Some(made))
+    }
+}
+
+/// Takes both hooks off a device, wherever it is by now; one that has none is as good as unhooked.
+///
+/// # Errors
+/// If a pin cannot be removed.
+pub fn unhook(pins: &Pins, device: u32) -> Result<(), Error> {
+    // The way in first.
+    HOOKS.iter().rev().try_for_each(|(name, _)| remove(&pin(pins, name, device), name))
+}
+
+/// Indices with a pin, and whether both hooks are on a device that has this index still.
+///
+/// # Errors
+/// If the pins cannot be read.
+pub fn hooked(pins: &Pins) -> Result<BTreeMap<u32, bool>, Error> {
+    let mut devices: BTreeMap<u32, usize> = BTreeMap::new();
+    let directory = pins.links();
+    let entries = match fs::read_dir(&directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
+        Err(error) => return Err(Error::path("read", &directory)(error)),
+    };
+    for entry in entries {
+        let entry = entry.map_err(Error::path("read", &directory))?;
+        let file = entry.file_name();
+        let Some((name, device)) = file.to_str().and_then(parse) else { continue };
+        let on = match open(&entry.path(), name)? {
+            Some(link) => device_of(&link, name)? == device,
+            None => false,
+        };
+        *devices.entry(device).or_default() += usize::from(on);
+    }
+    Ok(devices.into_iter().map(|(device, hooks)| (device, hooks == HOOKS.len())).collect())
+}
+
+fn parse(file: &str) -> Option<(&'static str, u32)> {
+    let (name, device) = file.rsplit_once('-')?;
+    let (name, _) = HOOKS.iter().find(|(known, _)| *known == name)?;
+    Some((name, device.parse().ok()?))
+}
+
+fn pin(pins: &Pins, name: &str, device: u32) -> PathBuf {
+    pins.links().join(format!("{name}-{device}"))
+}
+
+fn open(pin: &Path, name: &'static str) -> Result<Option<std::os::fd::OwnedFd>, Error> {
+    match sys::object_get(pin) {
+        Ok(link) => Ok(Some(link)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(Error::Link { action: "open", program: name, source }),
+    }
+}
+
+fn device_of(link: &impl AsFd, name: &'static str) -> Result<u32, Error> {
+    sys::link_device(link.as_fd()).map_err(|source| Error::Link { action: "inspect", program: name, source })
+}
+
+/// Detaches at once; without that the kernel's worker does it a moment after the pin has gone.
+fn remove(pin: &Path, name: &'static str) -> Result<(), Error> {
+    let Some(link) = open(pin, name)? else { return Ok(()) };
+    let _ = sys::link_detach(link.as_fd());
+    fs::remove_file(pin).map_err(|source| Error::Link { action: "remove", program: name, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pins_are_told_apart() {
+        assert_eq!(parse("tc_ingress-12"), Some(("tc_ingress", 12)));
+        assert_eq!(parse("tc_egress-4294967295"), Some(("tc_egress", u32::MAX)));
+        for other in ["sock_connect4", "tc_ingress", "tc_ingress-", "tc_other-1", "tc_ingress-x"] {
+            assert_eq!(parse(other), None, "{other}");
+        }
+    }
+}
