@@ -4,17 +4,21 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use proxy_common::abi::{FrontendKey, ServiceId};
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
+use tokio::sync::watch;
 
 use crate::claims::FrontendId;
 use crate::control::{Question, Reply, Request};
 use crate::dataplane::bpf::Kernel;
 use crate::dataplane::{Dataplane, Limits};
-use crate::kernel::{self, Loaded, Pins, Settings};
+use crate::kernel::{self, Loaded, Pins, Settings, devices};
 use crate::model::{Model, OwnAddresses};
 use crate::object::{Batch, Change, Delta, ObjectKey, Problem, Read};
+use crate::packet::{self, PacketPath, flows};
 use crate::reconcile::{self, REST_MS, Reconciler, Report, WantedPort, WantedService};
 use crate::resolve::Policy;
+use crate::source::links::Link;
 use crate::status::Status;
 use crate::view;
 use crate::wanted::Wanted;
@@ -37,8 +41,8 @@ pub struct Config {
     pub pins: Pins,
     /// Sizes of the tables, unless tables are pinned already.
     pub limits: Limits,
-    /// Whether packets are served, or only sockets.
-    pub packet_path: bool,
+    /// How packets are served, unless the policy says that they are not.
+    pub packets: packet::Options,
 }
 
 /// See the module.
@@ -49,6 +53,7 @@ pub struct Agent {
     reconciler: Reconciler,
     kernel: Kernel,
     loaded: Loaded,
+    packets: Option<PacketPath>,
     settings: Settings,
     started: Instant,
     /// Services whose last programming failed.
@@ -67,7 +72,7 @@ impl Agent {
     pub fn start(config: Config) -> Result<Self, kernel::Error> {
         config.pins.prepare()?;
         let generation = config.pins.generations()?.first().copied().unwrap_or(0);
-        let settings = Settings::of_this_host(config.packet_path)?;
+        let settings = Settings::of_this_host(!config.policy.no_packet_path)?;
         if !settings.set_retval {
             tracing::warn!(
                 "this kernel cannot refuse a connection with ECONNREFUSED (needs 5.18): left to the packet path"
@@ -77,6 +82,11 @@ impl Agent {
         let kernel = Kernel::of(&loaded, &config.pins)?;
         let reconciler = Reconciler::adopt(&kernel)
             .map_err(kernel::Error::path("read the frontends in", config.pins.tables(generation)))?;
+        let packets = if config.policy.no_packet_path {
+            None
+        } else {
+            Some(PacketPath::open(&config.pins, config.packets)?)
+        };
         let model = Model::new(config.node_name.clone(), config.policy.clone(), OwnAddresses::Reported);
         Ok(Self {
             status: Status::new(&config, reconciler.adopted_frontends()),
@@ -86,6 +96,7 @@ impl Agent {
             reconciler,
             kernel,
             loaded,
+            packets,
             settings,
             started: Instant::now(),
             failed: BTreeMap::new(),
@@ -102,6 +113,7 @@ impl Agent {
         mut self,
         mut changes: UnboundedReceiver<Batch>,
         mut questions: Receiver<Question>,
+        mut links: watch::Receiver<Option<Vec<Link>>>,
         stop: impl Future<Output = ()>,
     ) -> Result<(), kernel::Error> {
         tokio::pin!(stop);
@@ -119,6 +131,14 @@ impl Agent {
                     self.sync()?;
                 }
                 Some(question) = questions.recv() => self.answer(question),
+                Ok(()) = links.changed() => {
+                    let known = links.borrow_and_update().clone();
+                    if let (Some(packets), Some(known)) = (&mut self.packets, known) {
+                        packets.set_links(known);
+                        self.sync()?;
+                    }
+                }
+                report = next_report(&mut self.packets) => self.take_report(&report),
                 () = tokio::time::sleep(wake), if wake < Duration::MAX => self.tick()?,
             }
         }
@@ -135,13 +155,16 @@ impl Agent {
     fn wake(&self) -> Duration {
         let retry = self.retry.map(|(at, _)| at.saturating_duration_since(Instant::now()));
         let rest = self.reconciler.has_leftovers().then(|| Duration::from_millis(REST_MS));
-        retry.into_iter().chain(rest).min().unwrap_or(Duration::MAX)
+        let packets = self.packets.as_ref().and_then(PacketPath::retry);
+        let packets = packets.map(|at| at.saturating_duration_since(Instant::now()));
+        retry.into_iter().chain(rest).chain(packets).min().unwrap_or(Duration::MAX)
     }
 
     fn tick(&mut self) -> Result<(), kernel::Error> {
         let now_ms = self.now_ms();
         self.status.writes += self.reconciler.rest(&mut self.kernel, now_ms);
-        if self.retry.is_some_and(|(at, _)| at <= Instant::now()) {
+        let packets = self.packets.as_ref().and_then(PacketPath::retry);
+        if self.retry.map(|(at, _)| at).into_iter().chain(packets).any(|at| at <= Instant::now()) {
             self.sync()?;
         }
         Ok(())
@@ -153,10 +176,11 @@ impl Agent {
 
     /// Brings the kernel up to date with the model, if every list is complete.
     fn sync(&mut self) -> Result<(), kernel::Error> {
-        if !self.model.ready() {
+        if !self.model.ready() || self.packets.as_ref().is_some_and(|packets| !packets.ready()) {
             return Ok(());
         }
         let begun = Instant::now();
+        let mut packet_writes = self.packets.as_mut().map_or(0, |packets| packets.prepare(&self.model));
         let mut dirty = self.model.take_dirty();
         dirty.extend(self.failed.keys().cloned());
         let full = !self.status.synced || self.reconciler.needs_full_sync();
@@ -164,6 +188,7 @@ impl Agent {
             dirty.extend(self.model.services().cloned());
         }
         if dirty.is_empty() && !full {
+            self.status.writes += packet_writes + self.hook();
             return Ok(());
         }
         let affected = self.wanted.update(&self.model, &dirty);
@@ -172,13 +197,60 @@ impl Agent {
             self.told.service(key, self.wanted.problems_of(key));
         }
         let wanted: Vec<WantedService> = dirty.iter().map(|key| self.wanted_service(key)).collect();
-        let report = self.reconcile(&wanted, full)?;
+        packet_writes += self.announce(&wanted);
+        let mut report = self.reconcile(&wanted, full)?;
         self.finish(&dirty, &report);
+        report.writes += packet_writes + self.settle(&dirty, full);
         self.status.synced(report.writes, begun.elapsed(), self.reconciler.frontend_count());
         if !self.status.synced {
             self.first_sync(&report)?;
         }
+        self.status.writes += self.hook();
         Ok(())
+    }
+
+    /// Before the frontends of these Services are written.
+    fn announce(&mut self, wanted: &[WantedService]) -> usize {
+        let Some(packets) = &mut self.packets else { return 0 };
+        let mut writes = 0;
+        for service in wanted {
+            let frontends = service.ports.iter().flat_map(|port| &port.frontends);
+            let vips = frontends.map(|(key, _)| key.address().ip()).collect();
+            writes += packets.announce(&service.key, vips, &self.model);
+        }
+        writes
+    }
+
+    /// After they were written.
+    fn settle(&mut self, tried: &BTreeSet<ObjectKey>, full: bool) -> usize {
+        let moved = self.reconciler.take_moved();
+        let Some(packets) = &mut self.packets else { return 0 };
+        // C1: at start all are looked at, for what a former run did not come to do.
+        if self.status.synced {
+            packets.moved(moved);
+        } else {
+            packets.moved(self.reconciler.frontends());
+        }
+        let ports = tried.iter().flat_map(|key| self.wanted.service(key));
+        let ids = ports.filter_map(|resolved| self.reconciler.service_id(&resolved.key));
+        let owner = |key: &FrontendKey| self.reconciler.owner(key);
+        packets.purge(ids, |id| serves(&self.kernel, id), owner);
+        packets.settle(tried.iter().filter(|key| !self.failed.contains_key(key)), full)
+    }
+
+    /// Hooks follow the devices once the programs find complete tables.
+    fn hook(&mut self) -> usize {
+        match &mut self.packets {
+            Some(packets) if self.status.synced => packets.hook(&self.loaded),
+            Some(_) | None => 0,
+        }
+    }
+
+    fn take_report(&mut self, report: &flows::Report) {
+        if let Some(packets) = self.packets.as_mut().filter(|_| self.status.synced) {
+            self.status.writes += packets.take_report(report);
+            self.status.writes += self.hook();
+        }
     }
 
     fn wanted_service(&self, key: &ObjectKey) -> WantedService {
@@ -191,6 +263,12 @@ impl Agent {
     fn first_sync(&mut self, report: &Report) -> Result<(), kernel::Error> {
         let (made, updated) = self.loaded.attach(&self.config.cgroup)?;
         self.config.pins.remove_others(self.loaded.generation)?;
+        if self.packets.is_none() {
+            // A former run had them on.
+            for device in devices::hooked(&self.config.pins)?.into_keys() {
+                devices::unhook(&self.config.pins, device)?;
+            }
+        }
         self.status.synced = true;
         tracing::info!(
             services = self.model.services().count(),
@@ -247,6 +325,9 @@ impl Agent {
         };
         if self.status.synced {
             loaded.attach(&self.config.cgroup)?;
+            if let Some(packets) = &mut self.packets {
+                packets.switch(&loaded)?;
+            }
         }
         (self.loaded, self.kernel) = (loaded, kernel);
         if self.status.synced {
@@ -302,7 +383,10 @@ impl Agent {
 
     fn answer(&self, question: Question) {
         let reply = match question.request {
-            Request::Status => Reply::of(&self.status.view(&self.model, &self.failed, &self.told.all())),
+            Request::Status => {
+                let problems = self.told.all();
+                Reply::of(&self.status.view(&self.model, &self.failed, &problems, self.packets.as_ref()))
+            }
             Request::Plan => Reply::rendered(&view::plan::plan_of(&self.model, &self.wanted), None),
             Request::Explain { from, to } => self.explain(from, &to),
             Request::Names => {
@@ -329,6 +413,26 @@ impl Agent {
             Err(error) => Reply::Error(error.to_string()),
         }
     }
+}
+
+async fn next_report(packets: &mut Option<PacketPath>) -> flows::Report {
+    match packets {
+        Some(packets) => packets.report().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Whether a record has a serving backend (C3).
+fn serves(kernel: &Kernel, service: ServiceId) -> bool {
+    let record = kernel.record(service);
+    [record.cluster, record.local, record.draining].into_iter().any(|set| {
+        let mut slots = set.first()..set.first().saturating_add(set.count());
+        slots.any(|slot| {
+            let id = kernel.slot(slot);
+            let backend = kernel.backend(id.index());
+            backend.is(id) && backend.is_serving()
+        })
+    })
 }
 
 /// What was said about which object, so that the log says everything once.

@@ -16,6 +16,7 @@ pub mod dump;
 pub mod kernel;
 pub mod model;
 pub mod object;
+pub mod packet;
 pub mod reconcile;
 pub mod resolve;
 pub mod source;

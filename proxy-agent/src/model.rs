@@ -35,6 +35,8 @@ pub struct Model {
     own_addresses_known: bool,
     context: Context,
     facts: NodeFacts,
+    /// How often context and facts were renewed.
+    renewed: u64,
     dirty: Dirty,
 }
 
@@ -58,6 +60,7 @@ impl Model {
             own_addresses,
             own_addresses_known: own_addresses == OwnAddresses::FromNode,
             facts: NodeFacts::new(&context),
+            renewed: 0,
             context,
             dirty: Dirty::new(),
         }
@@ -155,6 +158,12 @@ impl Model {
             self.dirty.extend(self.services.keys().cloned());
         }
         self.facts = facts;
+        self.renewed += 1;
+    }
+
+    /// Changes whenever [`Self::context`] or [`Self::facts`] may have.
+    pub const fn renewed(&self) -> u64 {
+        self.renewed
     }
 
     /// Whether every list is complete, so that absence means something (Q1). Nothing may be written before.

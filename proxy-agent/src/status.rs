@@ -8,6 +8,7 @@ use serde::Serialize;
 use crate::agent::Config;
 use crate::model::Model;
 use crate::object::{ObjectKey, Problem};
+use crate::packet::{DeviceView, PacketPath};
 
 /// Counts and times, kept by the agent's loop.
 #[derive(Debug)]
@@ -41,6 +42,16 @@ pub struct StatusView<'a> {
     /// Services that are not programmed as wanted, with the reason.
     failed: BTreeMap<String, &'a str>,
     problems: &'a [Problem],
+    /// `None`: it is off.
+    packet_path: Option<PacketView<'a>>,
+}
+
+/// The packet path's part of it.
+#[derive(Serialize)]
+struct PacketView<'a> {
+    devices: Vec<DeviceView>,
+    /// What could not be done, with the reason.
+    failed: &'a BTreeMap<String, String>,
 }
 
 impl Status {
@@ -72,6 +83,7 @@ impl Status {
         model: &Model,
         failed: &'a BTreeMap<ObjectKey, String>,
         problems: &'a [Problem],
+        packets: Option<&'a PacketPath>,
     ) -> StatusView<'a> {
         let unix =
             |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
@@ -91,6 +103,10 @@ impl Status {
                 .map(|(_, took)| u64::try_from(took.as_micros()).unwrap_or(u64::MAX)),
             failed: failed.iter().map(|(key, error)| (key.to_string(), error.as_str())).collect(),
             problems,
+            packet_path: packets.map(|packets| PacketView {
+                devices: packets.device_views(),
+                failed: packets.failed(),
+            }),
         }
     }
 }

@@ -124,6 +124,15 @@ pub(super) struct PolicyArgs {
     /// here.
     #[arg(long, value_name = "FRONTENDS", value_delimiter = ',')]
     exclude_frontends: Vec<String>,
+    /// Serve packets that no socket of this node made, by programs on the network devices.
+    #[arg(long, value_enum, default_value = "on")]
+    packet_path: Switch,
+}
+
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+enum Switch {
+    On,
+    Off,
 }
 
 impl PolicyArgs {
@@ -147,6 +156,7 @@ impl PolicyArgs {
                 .iter()
                 .map(|text| excluded_frontend(text).with_context(|| format!("--exclude-frontends: {text:?}")))
                 .collect::<Result<_>>()?,
+            no_packet_path: self.packet_path == Switch::Off,
         })
     }
 

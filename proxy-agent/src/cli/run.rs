@@ -1,16 +1,18 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use super::options::{ControlArgs, ManifestArgs, NodeArgs, PinArgs, PolicyArgs};
 use crate::agent::{Agent, Config};
 use crate::control;
 use crate::dataplane::Limits;
-use crate::source::{addresses, files, kube};
+use crate::packet::{self, settings::SnatPorts};
+use crate::source::{addresses, files, kube, links};
 
 #[derive(Args, Debug)]
 pub(super) struct RunArgs {
@@ -35,6 +37,21 @@ pub(super) struct RunArgs {
     limits: LimitArgs,
     #[command(flatten)]
     policy: PolicyArgs,
+    #[command(flatten)]
+    packets: PacketArgs,
+}
+
+/// How packets are served, where no socket hook serves them.
+#[derive(Args, Clone, Copy, Debug)]
+#[command(next_help_heading = "Packet path")]
+struct PacketArgs {
+    /// Ports of replaced source addresses. Sockets and NodePorts of this node should have none of them.
+    #[arg(long, value_name = "FIRST-LAST", default_value_t)]
+    snat_port_range: SnatPorts,
+    /// How often the tables of connections are looked through.
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = 10_000, hide = true,
+        value_parser = clap::value_parser!(u64).range(1..))]
+    flow_sweep_ms: u64,
 }
 
 /// Sizes that the tables start with. They grow by themselves; pinned ones keep their size.
@@ -71,8 +88,14 @@ impl RunArgs {
                 slots: self.limits.initial_slots,
                 backends: self.limits.initial_backends,
             },
-            packet_path: true,
+            packets: packet::Options {
+                snat_ports: self.packets.snat_port_range,
+                sweep_every: Duration::from_millis(self.packets.flow_sweep_ms),
+            },
         };
+        if !config.policy.no_packet_path {
+            warn_of_local_ports(config.packets.snat_ports);
+        }
         if !nix::unistd::geteuid().is_root() {
             bail!(
                 "`sheave run` needs root (CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON); plan and explain --manifests do not"
@@ -88,6 +111,7 @@ impl RunArgs {
 
     async fn serve(&self, config: Config) -> Result<()> {
         let node_name = config.node_name.clone();
+        let no_packet_path = config.policy.no_packet_path;
         check_cgroup(&config.cgroup)?;
         let source = match &self.manifests.manifests {
             Some(directory) => {
@@ -114,6 +138,10 @@ impl RunArgs {
         let mut sources = tokio::task::JoinSet::new();
         let to = changes.clone();
         sources.spawn(async move { addresses::run(to).await.context("follow this node's addresses") });
+        let (links, linked) = watch::channel(None);
+        if !no_packet_path {
+            sources.spawn(async move { links::run(links).await.context("follow this node's network devices") });
+        }
         match source {
             Source::Files(directory) => sources.spawn(async move {
                 let result = files::run(directory.clone(), node_name, changes).await;
@@ -133,7 +161,7 @@ impl RunArgs {
             }
         };
         tokio::select! {
-            result = agent.run(changed, asked, stop) => result.context("program the kernel"),
+            result = agent.run(changed, asked, linked, stop) => result.context("program the kernel"),
             // A source runs for ever; when one ends, it is by an error that trying again does not mend.
             Some(ended) = sources.join_next() => ended.context("a source ended")?,
         }
@@ -154,6 +182,23 @@ fn check_cgroup(path: &Path) -> Result<()> {
         return Err(anyhow::anyhow!("not a directory of the cgroup v2 hierarchy")).with_context(wrong);
     }
     Ok(())
+}
+
+/// A socket of the node that has a port of a replaced source gets the replies of somebody else's connection.
+fn warn_of_local_ports(ports: SnatPorts) {
+    const PATH: &str = "/proc/sys/net/ipv4/ip_local_port_range";
+    let Ok(text) = std::fs::read_to_string(PATH) else { return };
+    let mut numbers = text.split_whitespace().map_while(|number| number.parse().ok());
+    if let (Some(first), Some(last)) = (numbers.next(), numbers.next())
+        && ports.overlaps(first, last)
+    {
+        tracing::warn!(
+            snat_port_range = %ports,
+            local = format!("{first}-{last}"),
+            "--snat-port-range overlaps the ports that this node gives to its sockets ({PATH}): reserve it in \
+             net.ipv4.ip_local_reserved_ports"
+        );
+    }
 }
 
 /// The first cgroup v2 mount.

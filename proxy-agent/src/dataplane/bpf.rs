@@ -1,23 +1,21 @@
 //! The kernel's maps as a [`Dataplane`]: one hash by system calls, three arrays by memory.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
 
-use aya::maps::{HashMap, Map, MapData, MapError};
+use aya::maps::MapData;
 use proxy_common::abi::{
     AffinityWord, Backend, BackendId, FrontendKey, FrontendValue, ServiceId, ServiceRecord, SetWord,
 };
 
 use super::{Dataplane, Failure, Limits, RecordWord, Write};
 use crate::kernel::mapping::Mapping;
-use crate::kernel::{self, Loaded, Pins, batch_entries, programs::open_pinned, update_batch};
+use crate::kernel::table::Table;
+use crate::kernel::{self, Loaded, Pins, programs::open_pinned};
 
 /// See the module.
 pub struct Kernel {
     limits: Limits,
-    frontends: HashMap<MapData, FrontendKey, FrontendValue>,
-    /// The same map, for batches.
-    frontends_fd: OwnedFd,
+    frontends: Table<FrontendKey, FrontendValue>,
     services: Mapping<ServiceRecord>,
     slots: Mapping<BackendId>,
     backends: Mapping<Backend>,
@@ -44,26 +42,18 @@ impl Kernel {
     }
 
     fn open_generation(pins: &Pins, generation: u32, writable: bool) -> Result<Self, kernel::Error> {
-        let frontends = open_pinned(pins, generation, "FRONTENDS")?;
-        let frontends_limit = entries("FRONTENDS", &frontends)?;
-        let frontends_fd = frontends
-            .fd()
-            .as_fd()
-            .try_clone_to_owned()
-            .map_err(kernel::Error::path("duplicate", pins.tables(generation).join("FRONTENDS")))?;
+        let frontends = Table::open(pins, generation, "FRONTENDS")?;
         let (services_limit, services) = map(pins, generation, "SERVICES", writable)?;
         let (slots_limit, slots) = map(pins, generation, "SLOTS", writable)?;
         let (backends_limit, backends) = map(pins, generation, "BACKENDS", writable)?;
-        let error = |source| kernel::Error::Map { map: "FRONTENDS", source };
         Ok(Self {
             limits: Limits {
-                frontends: frontends_limit,
+                frontends: frontends.limit(),
                 services: services_limit,
                 slots: slots_limit,
                 backends: backends_limit,
             },
-            frontends: Map::from_map_data(frontends).map_err(error)?.try_into().map_err(error)?,
-            frontends_fd,
+            frontends,
             services,
             slots,
             backends,
@@ -77,20 +67,8 @@ impl Kernel {
         entries: &[(FrontendKey, FrontendValue)],
         failures: &mut Vec<Failure>,
     ) {
-        let mut done = 0;
-        while let Some(rest) = entries.get(done..).filter(|rest| !rest.is_empty()) {
-            let (written, error) = update_batch(self.frontends_fd.as_fd(), rest);
-            done += written;
-            if let Some(error) = error {
-                // The first one that was not written, by itself: the kernel may refuse batches as such.
-                let single = entries.get(done).map(|(key, value)| self.frontends.insert(key, value, 0));
-                if let Some(Err(single)) = single {
-                    tracing::debug!(%error, "a batch of frontends was cut short");
-                    failures.push(Failure { index: from + done, error: io_error(single) });
-                }
-                done += 1;
-            }
-        }
+        let failed = self.frontends.put_all(entries).into_iter();
+        failures.extend(failed.map(|(index, error)| Failure { index: from + index, error }));
     }
 }
 
@@ -109,10 +87,6 @@ fn map<T>(
     let mapping = Mapping::new(data.fd(), limit, writable)
         .map_err(kernel::Error::path("map into memory", pins.tables(generation).join(name)))?;
     Ok((limit, mapping))
-}
-
-fn io_error(error: MapError) -> io::Error {
-    if let MapError::SyscallError(error) = error { error.io_error } else { io::Error::other(error) }
 }
 
 impl Dataplane for Kernel {
@@ -135,10 +109,7 @@ impl Dataplane for Kernel {
                 Write::Backend { index, value } => self.backends.store(*index, *value),
                 Write::Slot { index, value } => self.slots.store(*index, *value),
                 Write::Word { service, word, bits } => self.services.store(*service, *word, *bits),
-                Write::RemoveFrontend { key } => match self.frontends.remove(key) {
-                    Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
-                    Err(error) => Err(io_error(error)),
-                },
+                Write::RemoveFrontend { key } => self.frontends.remove(key),
                 Write::Frontend { .. } => Ok(()),
             };
             if let Err(error) = result {
@@ -150,7 +121,7 @@ impl Dataplane for Kernel {
     }
 
     fn frontends(&self) -> io::Result<Vec<(FrontendKey, FrontendValue)>> {
-        batch_entries(self.frontends_fd.as_fd())
+        self.frontends.entries()
     }
 
     fn record(&self, service: ServiceId) -> ServiceRecord {

@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use proxy_common::abi::{Backend, BackendId, ServiceRecord};
@@ -143,5 +143,30 @@ impl Mapping<Backend> {
             // SAFETY: in the mapping and aligned; the agent is the only writer.
             unsafe { entry.cast::<Backend>().read_volatile() }
         })
+    }
+}
+
+impl<const N: usize> Mapping<[u8; N]> {
+    /// Writes one of the bytes of entry 0.
+    ///
+    /// # Errors
+    /// E2BIG if out of range.
+    pub fn store(&mut self, place: usize, byte: u8) -> io::Result<()> {
+        self.byte(place)?.store(byte, Ordering::Release);
+        Ok(())
+    }
+
+    /// Reads one of them; 0 if out of range.
+    pub fn load(&self, place: usize) -> u8 {
+        self.byte(place).map_or(0, |byte| byte.load(Ordering::Acquire))
+    }
+
+    fn byte(&self, place: usize) -> io::Result<&AtomicU8> {
+        if place >= N {
+            return Err(io::Error::from_raw_os_error(libc::E2BIG));
+        }
+        let at = self.at(0, place)?;
+        // SAFETY: in the mapping, and shared with the kernel, which reads and writes it with single byte accesses.
+        Ok(unsafe { AtomicU8::from_ptr(at.as_ptr()) })
     }
 }

@@ -5,10 +5,11 @@ pub mod mapping;
 pub mod pins;
 pub mod programs;
 mod sys;
+pub mod table;
 
 pub use pins::Pins;
 pub use programs::{Loaded, Settings};
-pub use sys::{batch_entries, netns_cookie, update_batch};
+pub use sys::netns_cookie;
 
 use std::io;
 use std::path::PathBuf;

@@ -61,6 +61,7 @@ impl Reconciler {
             retired,
             service_ids: Places::adopt(limits.services, &ids),
             frontends,
+            moved: BTreeMap::new(),
             references,
             astray: BTreeMap::new(),
             withdrawing: BTreeSet::new(),

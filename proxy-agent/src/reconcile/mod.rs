@@ -147,6 +147,8 @@ pub struct Reconciler {
     retired: Vec<(u64, PortState)>,
     /// `FRONTENDS` as written.
     frontends: BTreeMap<FrontendKey, FrontendValue>,
+    /// Frontends that came to another record than before since [`Self::take_moved`].
+    moved: BTreeMap<FrontendKey, ServiceId>,
     /// What points to a record.
     references: BTreeMap<ServiceId, References>,
     /// Frontends that a failed service port wants and that point elsewhere still: nobody else remembers them if it goes.
@@ -320,6 +322,22 @@ impl Reconciler {
         self.ports.iter().map(|(key, state)| (state.id, key))
     }
 
+    /// Frontends that were written for the first time, or came to another record, since the last call: what clients
+    /// remember of them is somebody else's (C2).
+    pub fn take_moved(&mut self) -> BTreeMap<FrontendKey, ServiceId> {
+        std::mem::take(&mut self.moved)
+    }
+
+    /// The record that a frontend points to.
+    pub fn owner(&self, key: &FrontendKey) -> Option<ServiceId> {
+        self.frontends.get(key).map(FrontendValue::service)
+    }
+
+    /// All frontends that are written.
+    pub fn frontends(&self) -> impl Iterator<Item = (FrontendKey, ServiceId)> {
+        self.frontends.iter().map(|(key, value)| (*key, value.service()))
+    }
+
     /// How many frontends are written.
     pub fn frontend_count(&self) -> usize {
         self.frontends.len()
@@ -383,6 +401,9 @@ impl Reconciler {
     }
 
     fn point(&mut self, key: FrontendKey, value: FrontendValue) {
+        if self.owner(&key) != Some(value.service()) {
+            self.moved.insert(key, value.service());
+        }
         self.unpoint(&key);
         self.frontends.insert(key, value);
         self.references.entry(value.service()).or_default().count(value, |count| *count += 1);

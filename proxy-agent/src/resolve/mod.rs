@@ -184,6 +184,8 @@ pub struct Policy {
     pub no_external_ips: bool,
     /// Frontends to leave alone (P14).
     pub excluded_frontends: Vec<ExcludedFrontend>,
+    /// `--packet-path off`: only sockets of this node are served.
+    pub no_packet_path: bool,
 }
 
 impl Policy {

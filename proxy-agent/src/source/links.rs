@@ -52,12 +52,24 @@ pub struct Link {
     pub hardware: u16,
     /// Whether it is a loopback device.
     pub loopback: bool,
+    /// Whether somebody has set it up.
+    pub up: bool,
     /// What the kernel calls its kind: `veth`, `bridge`, `vxlan`; empty for hardware.
     pub kind: String,
     /// Interface index of the bridge, bond or VRF that it belongs to; 0: none.
     pub master: u32,
+    /// Hardware address, which tells a device from another that got its index.
+    pub mac: Vec<u8>,
     /// Addresses that may be the source of what leaves by it, in the kernel's order: of global scope, primary, usable.
     pub addresses: Vec<IpAddr>,
+}
+
+impl Link {
+    /// Whether both are one device, as far as can be told.
+    pub fn is_same(&self, other: &Self) -> bool {
+        (self.index, self.hardware, &self.kind, &self.mac)
+            == (other.index, other.hardware, &other.kind, &other.mac)
+    }
 }
 
 /// All devices of this thread's network namespace, by index.
@@ -172,11 +184,13 @@ fn link(message: &[u8]) -> Option<Link> {
         index,
         hardware: u16::from_ne_bytes(message.get(2..4)?.try_into().ok()?),
         loopback: flags & libc::IFF_LOOPBACK.unsigned_abs() != 0,
+        up: flags & libc::IFF_UP.unsigned_abs() != 0,
         ..Link::default()
     };
     for (kind, value) in attributes(message.get(16..)?) {
         match kind {
             libc::IFLA_IFNAME => link.name = text(&value),
+            libc::IFLA_ADDRESS => link.mac = value,
             libc::IFLA_MASTER => link.master = word(&value, 0)?,
             libc::IFLA_LINKINFO => {
                 let found = attributes(&value).find(|(kind, _)| *kind == libc::IFLA_INFO_KIND);

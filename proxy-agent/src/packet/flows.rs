@@ -1,0 +1,429 @@
+//! Upkeep of the connections of the packet path: what is over or idle goes, and datagrams leave a VIP's former owner.
+//!
+//! It has a thread of its own: a walk of a full table takes tens of milliseconds, which no change shall wait for.
+//! `FLOW_FILTER` and `SNAT_PORTS` are never cleared: a byte that stays set costs a look-up, one that is cleared under a
+//! connection that is just being made costs the connection.
+
+use std::collections::{BTreeMap, HashSet};
+use std::io;
+use std::net::SocketAddr;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::time::{ClockId, clock_gettime};
+use proxy_common::abi::packet::{VIP_PLACES, vip_place};
+use proxy_common::abi::{Address, Flow, FlowKey, Port, Protocol, ServiceId, SnatKey};
+use serde::Serialize;
+use tokio::sync::mpsc::UnboundedSender;
+
+use crate::kernel::table::Table;
+use crate::kernel::{self, Pins};
+
+const SECOND_NS: u64 = 1_000_000_000;
+
+/// How long a connection without packets is kept, in seconds.
+pub mod idle_s {
+    /// TCP and SCTP that are open: a day, so that what netfilter keeps for five days is not kept for ever.
+    pub const OPEN: u64 = 24 * 3600;
+    /// TCP of which one side has ended.
+    pub const HALF_CLOSED: u64 = 3600;
+    /// What is over: late packets still find their way.
+    pub const OVER: u64 = 30;
+    /// UDP, as netfilter keeps what was answered.
+    pub const DATAGRAM: u64 = 120;
+}
+
+/// How far a connection is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Not answered yet.
+    Young,
+    /// Open.
+    Answered,
+    /// At least one side has ended it.
+    Closing,
+}
+
+impl State {
+    /// Its name in `sheave get flows`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Young => "young",
+            Self::Answered => "answered",
+            Self::Closing => "closing",
+        }
+    }
+
+    /// Of an entry of either table.
+    pub const fn of(flow: &Flow) -> Self {
+        if flow.flags & (Flow::RESET | Flow::CLIENT_FIN | Flow::BACKEND_FIN) != 0 {
+            Self::Closing
+        } else if flow.flags & Flow::ANSWERED != 0 {
+            Self::Answered
+        } else {
+            Self::Young
+        }
+    }
+}
+
+/// Seconds without a packet after which a connection goes.
+pub fn idle_limit_s(key: &FlowKey, flow: &Flow) -> u64 {
+    match Protocol::from_number(key.protocol) {
+        Some(Protocol::Tcp) if flow.is_over() => idle_s::OVER,
+        Some(Protocol::Tcp) if flow.flags & (Flow::CLIENT_FIN | Flow::BACKEND_FIN) != 0 => idle_s::HALF_CLOSED,
+        Some(Protocol::Tcp | Protocol::Sctp) => idle_s::OPEN,
+        Some(Protocol::Udp) | None => idle_s::DATAGRAM,
+    }
+}
+
+/// A clock that stands still before the last packet was seen makes nothing old.
+fn is_dead(key: &FlowKey, flow: &Flow, now_ns: u64) -> bool {
+    now_ns.saturating_sub(flow.used_ns) / SECOND_NS >= idle_limit_s(key, flow)
+}
+
+/// Where the connection's replies find their way back; nothing if its source is not replaced (yet).
+fn companion(key: &FlowKey, flow: &Flow) -> Option<SnatKey> {
+    (flow.snat_port != Port::default()).then_some(SnatKey {
+        snat: flow.snat,
+        backend: flow.backend,
+        snat_port: flow.snat_port,
+        backend_port: flow.backend_port,
+        protocol: key.protocol,
+        ..SnatKey::default()
+    })
+}
+
+/// The clock of [`Flow::used_ns`].
+pub fn now_ns() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from);
+    // This clock always exists; 0 makes nothing old.
+    now.map_or(0, |now| u64::try_from(now.as_nanos()).unwrap_or(u64::MAX))
+}
+
+/// Present owners of frontends that changed hands (C2): VIP and port of UDP.
+pub type Owners = BTreeMap<(Address, Port), ServiceId>;
+
+/// What a walk found.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// Which places of `VIPS` connections have, a bit each.
+    vip_places: Vec<u64>,
+}
+
+impl Report {
+    fn note(&mut self, vip: &Address) {
+        self.vip_places.resize(VIP_PLACES / 64, 0);
+        let place = vip_place(vip);
+        if let Some(word) = self.vip_places.get_mut(place / 64) {
+            *word |= 1 << (place % 64);
+        }
+    }
+
+    /// Whether a connection to a VIP of this place was there.
+    pub fn is_in_use(&self, place: usize) -> bool {
+        self.vip_places.get(place / 64).is_some_and(|word| word >> (place % 64) & 1 != 0)
+    }
+}
+
+/// How full the tables are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+pub struct Counts {
+    /// Connections that were answered.
+    pub flows: usize,
+    /// How many there can be.
+    pub flows_limit: u32,
+    /// Connections that were not answered yet.
+    pub young_flows: usize,
+    /// How many there can be; beyond, the oldest go.
+    pub young_flows_limit: u32,
+    /// Of the answered ones: those with a replaced source.
+    pub snat: usize,
+    /// How many there can be.
+    pub snat_limit: u32,
+}
+
+/// The tables.
+pub struct Flows {
+    young: Table<FlowKey, Flow>,
+    flows: Table<FlowKey, Flow>,
+    young_snat: Table<SnatKey, FlowKey>,
+    snat: Table<SnatKey, FlowKey>,
+    /// Replaced sources without a connection in the last walk. They go if the next one finds the same: a program may
+    /// just have been between its two writes.
+    suspects: HashSet<SnatKey>,
+    told_full: [bool; 2],
+}
+
+impl Flows {
+    /// Opens the pinned tables.
+    ///
+    /// # Errors
+    /// If nothing is pinned.
+    pub fn open(pins: &Pins) -> Result<Self, kernel::Error> {
+        Ok(Self {
+            young: Table::open(pins, 0, "YOUNG_FLOWS")?,
+            flows: Table::open(pins, 0, "FLOWS")?,
+            young_snat: Table::open(pins, 0, "YOUNG_SNAT")?,
+            snat: Table::open(pins, 0, "SNAT")?,
+            suspects: HashSet::new(),
+            told_full: [false; 2],
+        })
+    }
+
+    /// All connections. The young ones are read first: one that is answered meanwhile comes twice rather than not at
+    /// all.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn entries(&self) -> io::Result<BTreeMap<FlowKey, Flow>> {
+        let mut entries: BTreeMap<FlowKey, Flow> = self.young.entries()?.into_iter().collect();
+        entries.extend(self.flows.entries()?);
+        Ok(entries)
+    }
+
+    /// How full the tables are.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn counts(&self) -> io::Result<Counts> {
+        Ok(Counts {
+            flows: self.flows.entries()?.len(),
+            flows_limit: self.flows.limit(),
+            young_flows: self.young.entries()?.len(),
+            young_flows_limit: self.young.limit(),
+            snat: self.snat.entries()?.len(),
+            snat_limit: self.snat.limit(),
+        })
+    }
+
+    /// Removes what is over or idle for too long, and replaced sources that no connection has any more.
+    ///
+    /// # Errors
+    /// If a table cannot be read.
+    pub fn sweep(&mut self, now_ns: u64) -> io::Result<Report> {
+        let mut report = Report::default();
+        let mut live: BTreeMap<FlowKey, Flow> = BTreeMap::new();
+        for (key, flow) in self.young.entries()? {
+            // Nobody waits for those that nobody answers: the table turns over by itself.
+            report.note(&flow.vip);
+            live.insert(key, flow);
+        }
+        let flows = self.flows.entries()?;
+        tell_full(&mut self.told_full[0], "FLOWS", flows.len(), self.flows.limit());
+        for (key, flow) in flows {
+            if is_dead(&key, &flow, now_ns) && self.remove_dead(&key, now_ns)? {
+                continue;
+            }
+            report.note(&flow.vip);
+            live.insert(key, flow);
+        }
+        let snat = self.snat.entries()?;
+        tell_full(&mut self.told_full[1], "SNAT", snat.len(), self.snat.limit());
+        let mut suspects = HashSet::new();
+        for (key, client) in snat {
+            let flow = match live.get(&client) {
+                Some(flow) => Some(*flow),
+                // Made after its table was read?
+                None => self.flow(&client)?,
+            };
+            let has_it = flow.is_some_and(|flow| {
+                flow.snat_port == Port::default() || companion(&client, &flow) == Some(key)
+            });
+            if has_it {
+                continue;
+            }
+            if self.suspects.contains(&key) {
+                self.snat.remove(&key)?;
+            } else {
+                suspects.insert(key);
+            }
+        }
+        self.suspects = suspects;
+        Ok(report)
+    }
+
+    /// C2, C3: removes datagram flows to these VIPs that are another service port's than the owner's.
+    ///
+    /// # Errors
+    /// If a table cannot be read.
+    pub fn purge(&mut self, owners: &Owners) -> io::Result<usize> {
+        let mut purged = 0;
+        for (key, flow) in self.entries()? {
+            let is_udp = key.protocol == Protocol::Udp.number();
+            let owner = owners.get(&(flow.vip, flow.vip_port)).filter(|_| is_udp);
+            if owner.is_some_and(|owner| *owner != flow.service) {
+                self.remove(&key, &flow)?;
+                purged += 1;
+            }
+        }
+        Ok(purged)
+    }
+
+    fn flow(&self, key: &FlowKey) -> io::Result<Option<Flow>> {
+        Ok(match self.young.get(key)? {
+            Some(flow) => Some(flow),
+            None => self.flows.get(key)?,
+        })
+    }
+
+    /// Looks once more: it may have been used since it was read. False: it was.
+    fn remove_dead(&mut self, key: &FlowKey, now_ns: u64) -> io::Result<bool> {
+        let Some(flow) = self.flows.get(key)? else { return Ok(true) };
+        if !is_dead(key, &flow, now_ns) {
+            return Ok(false);
+        }
+        self.remove(key, &flow)?;
+        Ok(true)
+    }
+
+    /// The way back goes last, as long as it is this connection's.
+    fn remove(&mut self, key: &FlowKey, flow: &Flow) -> io::Result<()> {
+        self.young.remove(key)?;
+        self.flows.remove(key)?;
+        let Some(back) = companion(key, flow) else { return Ok(()) };
+        for table in [&mut self.young_snat, &mut self.snat] {
+            if table.get(&back)? == Some(*key) {
+                table.remove(&back)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A full table refuses new connections: said once, until there is room again.
+fn tell_full(told: &mut bool, table: &str, entries: usize, limit: u32) {
+    let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+    if entries >= limit && !*told {
+        *told = true;
+        tracing::error!(table, limit, "a table of the packet path is full: new connections are not served");
+    } else if entries < limit - limit / 10 {
+        *told = false;
+    }
+}
+
+/// A connection as `sheave get flows` shows it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct FlowView {
+    /// Who dialled.
+    pub client: SocketAddr,
+    /// `TCP`, `UDP`, `SCTP`, or a number.
+    pub protocol: String,
+    /// What was dialled.
+    pub vip: SocketAddr,
+    /// Where it goes.
+    pub backend: SocketAddr,
+    /// The source that the backend sees, if it is replaced.
+    pub snat: Option<SocketAddr>,
+    /// How far it is.
+    pub state: State,
+    /// Since the last packet.
+    pub idle_seconds: u64,
+    /// Place in `SERVICES` of whoever had the VIP.
+    pub service_id: ServiceId,
+}
+
+impl FlowView {
+    /// Of an entry.
+    pub fn new(key: &FlowKey, flow: &Flow, now_ns: u64) -> Self {
+        let at = |address: Address, port: Port| SocketAddr::new(address.ip(), port.number());
+        Self {
+            client: at(key.client, key.port),
+            protocol: Protocol::from_number(key.protocol)
+                .map_or_else(|| key.protocol.to_string(), |protocol| protocol.name().to_owned()),
+            vip: at(flow.vip, flow.vip_port),
+            backend: at(flow.backend, flow.backend_port),
+            snat: (flow.snat_port != Port::default()).then(|| at(flow.snat, flow.snat_port)),
+            state: State::of(flow),
+            idle_seconds: now_ns.saturating_sub(flow.used_ns) / SECOND_NS,
+            service_id: flow.service,
+        }
+    }
+}
+
+/// The thread. It ends when this is dropped.
+pub(super) struct Upkeep {
+    orders: Sender<Owners>,
+}
+
+impl Upkeep {
+    pub(super) fn start(flows: Flows, every: Duration, to: UnboundedSender<Report>) -> io::Result<Self> {
+        let (orders, ordered) = channel();
+        thread::Builder::new().name("flows".to_owned()).spawn(move || run(flows, every, &ordered, &to))?;
+        Ok(Self { orders })
+    }
+
+    pub(super) fn purge(&self, owners: Owners) {
+        // The thread lives as long as this.
+        let _ = self.orders.send(owners);
+    }
+}
+
+fn run(mut flows: Flows, every: Duration, orders: &Receiver<Owners>, to: &UnboundedSender<Report>) {
+    let mut last = Instant::now();
+    loop {
+        match orders.recv_timeout(every.saturating_sub(last.elapsed())) {
+            Ok(mut owners) => {
+                // One walk for all that wait.
+                while let Ok(more) = orders.try_recv() {
+                    owners.extend(more);
+                }
+                match flows.purge(&owners) {
+                    Ok(0) => {}
+                    Ok(purged) => tracing::info!(purged, "datagram flows left a VIP's former owner (C2)"),
+                    Err(error) => tracing::warn!(%error, "datagram flows of a VIP's former owner may stay"),
+                }
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                last = Instant::now();
+                match flows.sweep(now_ns()) {
+                    Ok(report) => {
+                        if to.send(report).is_err() {
+                            return;
+                        }
+                    }
+                    Err(error) => tracing::warn!(%error, "the tables of connections cannot be looked through"),
+                }
+            }
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_over_or_idle_is_dead() {
+        let key = |protocol: Protocol| FlowKey::new(Address::default(), Port::new(1), protocol.number());
+        let flow = |flags| Flow { flags: flags | Flow::ANSWERED, used_ns: 5 * SECOND_NS, ..Flow::default() };
+        let dies_after = |protocol, flags| {
+            let (key, flow) = (key(protocol), flow(flags));
+            let limit = idle_limit_s(&key, &flow);
+            assert!(!is_dead(&key, &flow, 0), "the clock may be behind");
+            assert!(!is_dead(&key, &flow, (5 + limit) * SECOND_NS - 1));
+            assert!(is_dead(&key, &flow, (5 + limit) * SECOND_NS));
+            limit
+        };
+        let both = Flow::CLIENT_FIN | Flow::BACKEND_FIN;
+        assert_eq!(dies_after(Protocol::Tcp, 0), 86_400);
+        assert_eq!(dies_after(Protocol::Tcp, Flow::CLIENT_FIN), 3600);
+        assert_eq!(dies_after(Protocol::Tcp, Flow::BACKEND_FIN), 3600);
+        assert_eq!(dies_after(Protocol::Tcp, both), 30);
+        assert_eq!(dies_after(Protocol::Tcp, Flow::RESET), 30);
+        assert_eq!(dies_after(Protocol::Udp, 0), 120);
+        assert_eq!(dies_after(Protocol::Sctp, 0), 86_400);
+    }
+
+    #[test]
+    fn a_report_knows_the_places_of_vips() {
+        let address = |n: u32| Address::from(std::net::IpAddr::from((0x0a60_0000 + n).to_be_bytes()));
+        let mut report = Report::default();
+        assert!(!report.is_in_use(vip_place(&address(1))));
+        report.note(&address(1));
+        assert!(report.is_in_use(vip_place(&address(1))));
+        assert!(!report.is_in_use(vip_place(&address(2))) && !report.is_in_use(VIP_PLACES));
+    }
+}

@@ -1,0 +1,570 @@
+//! The agent's side of the packet path: hooks on devices, and the tables that only packets need.
+//!
+//! * [`roles`], [`settings`], `counted`: what is wanted. Pure.
+//! * [`flows`]: upkeep of connections, on a thread of its own.
+//! * here: wanted minus written, in an order that is safe at every moment: what a hook needs to know is there before
+//!   the hook; a VIP's place in the filter is set before its frontend is written, and cleared when neither a frontend
+//!   nor a connection needs it.
+//!
+//! Only what succeeded is remembered, so what failed is found again by the next comparison. None of it holds up the
+//! programming of Services.
+
+mod counted;
+pub mod flows;
+pub mod roles;
+pub mod settings;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use aya::maps::{Array, Map, MapData};
+use proxy_common::abi::packet::{PREFIXES, VIP_PLACES, vip_place};
+use proxy_common::abi::{Address, Device, FrontendKey, PacketSettings, Protocol, ServiceId};
+use serde::Serialize;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+use self::counted::Counted;
+use self::flows::{Flows, Owners, Report, Upkeep};
+use self::roles::{Place, Role};
+use self::settings::SnatPorts;
+use crate::kernel::mapping::Mapping;
+use crate::kernel::table::{Table, io_error};
+use crate::kernel::{self, Loaded, Pins, devices, programs::open_pinned};
+use crate::model::Model;
+use crate::object::{Family, ObjectKey};
+use crate::source::links::Link;
+
+/// How long what failed waits before it is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// What the operator says about the packet path.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Options {
+    /// Ports of replaced sources.
+    pub snat_ports: SnatPorts,
+    /// How often the tables of connections are looked through.
+    pub sweep_every: Duration,
+}
+
+/// See the module.
+pub struct PacketPath {
+    pins: Pins,
+    options: Options,
+    filters: Filters,
+    settings: Array<MapData, PacketSettings>,
+    settings_written: PacketSettings,
+    devices: Table<u32, Device>,
+    devices_written: BTreeMap<u32, Device>,
+    /// [`Model::renewed`] when settings and devices were last compared.
+    renewed: Option<u64>,
+    links: Option<Vec<Link>>,
+    /// Whether hooks may not be where they belong.
+    hooks_due: bool,
+    places: BTreeMap<u32, Place>,
+    /// Devices that the programs in use are on.
+    hooked: BTreeSet<u32>,
+    /// Whether the hooks that a former run left were looked through.
+    adopted: bool,
+    /// What could not be done, and why. It is tried again.
+    failed: BTreeMap<String, String>,
+    retry: Option<Instant>,
+    /// C2: frontends that changed hands and whose new owner has no serving endpoint yet (C3).
+    waiting: BTreeMap<ServiceId, BTreeSet<FrontendKey>>,
+    told: BTreeSet<String>,
+    upkeep: Upkeep,
+    reports: UnboundedReceiver<Report>,
+}
+
+/// A device in `sheave status`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct DeviceView {
+    /// Interface index.
+    pub index: u32,
+    /// Name.
+    pub name: String,
+    /// What it is to the packet path.
+    pub role: &'static str,
+    /// Whether both programs are on it.
+    pub hooked: bool,
+    /// The sources that packets leaving by it get when theirs is replaced (M7).
+    pub sources: Vec<IpAddr>,
+}
+
+impl PacketPath {
+    /// Opens what [`Loaded::load`] pinned, and reads what is written. Changes nothing.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn open(pins: &Pins, options: Options) -> Result<Self, kernel::Error> {
+        let error = |map| move |source| kernel::Error::Map { map, source };
+        let settings = open_pinned(pins, 0, "PACKET_SETTINGS")?;
+        let settings: Array<MapData, PacketSettings> =
+            Map::from_map_data(settings).and_then(TryInto::try_into).map_err(error("PACKET_SETTINGS"))?;
+        let settings_written = settings.get(&0, 0).map_err(error("PACKET_SETTINGS"))?;
+        let devices: Table<u32, Device> = Table::open(pins, 0, "DEVICES")?;
+        let read = |what| kernel::Error::path("read", pins.state().join(what));
+        let devices_written = devices.entries().map_err(read("DEVICES"))?.into_iter().collect();
+        let (to, reports) = unbounded_channel();
+        let upkeep = Upkeep::start(Flows::open(pins)?, options.sweep_every, to);
+        Ok(Self {
+            pins: pins.clone(),
+            options,
+            filters: Filters::open(pins)?,
+            settings,
+            settings_written,
+            devices,
+            devices_written,
+            renewed: None,
+            links: None,
+            hooks_due: true,
+            places: BTreeMap::new(),
+            hooked: BTreeSet::new(),
+            adopted: false,
+            failed: BTreeMap::new(),
+            retry: None,
+            waiting: BTreeMap::new(),
+            told: BTreeSet::new(),
+            upkeep: upkeep.map_err(kernel::Error::path("start the thread for", pins.state().join("FLOWS")))?,
+            reports,
+        })
+    }
+
+    /// Whether the devices are known. Before that the first sync must not be called done.
+    pub const fn ready(&self) -> bool {
+        self.links.is_some()
+    }
+
+    /// Takes in the list of devices.
+    pub fn set_links(&mut self, links: Vec<Link>) {
+        // A device that was replaced by another of the same index needs new hooks.
+        let known: BTreeMap<u32, &Link> =
+            self.links.iter().flatten().map(|link| (link.index, link)).collect();
+        let replaced = links.iter().filter(|link| known.get(&link.index).is_none_or(|old| !old.is_same(link)));
+        for link in replaced {
+            self.hooked.remove(&link.index);
+        }
+        self.links = Some(links);
+        self.renewed = None;
+    }
+
+    /// The next walk's report; pending for ever if there is none.
+    pub async fn report(&mut self) -> Report {
+        match self.reports.recv().await {
+            Some(report) => report,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Takes in a walk's report. Hooks that somebody took off are put on again by the next [`Self::hook`].
+    pub fn take_report(&mut self, report: &Report) -> usize {
+        match devices::hooked(&self.pins) {
+            Ok(pinned) => {
+                let before = self.hooked.len();
+                self.hooked.retain(|index| pinned.get(index) == Some(&true));
+                self.hooks_due |= self.hooked.len() != before;
+            }
+            Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "hooks cannot be looked after"),
+        }
+        self.filters.clear_unused(report)
+    }
+
+    /// When something that failed is to be tried again.
+    pub const fn retry(&self) -> Option<Instant> {
+        self.retry
+    }
+
+    /// Writes settings and what hooks need to know of their devices, if they changed; before anything else of a sync.
+    /// Returns the number of writes.
+    pub fn prepare(&mut self, model: &Model) -> usize {
+        if self.retry.is_some_and(|at| at <= Instant::now()) {
+            self.retry = None;
+            self.renewed = None;
+        }
+        let mut writes = self.filters.write_cluster_ips();
+        self.note("CLUSTER_IPS", self.filters.failure.clone());
+        if self.renewed == Some(model.renewed()) {
+            return writes;
+        }
+        self.renewed = Some(model.renewed());
+        self.filters.set_node(model);
+        writes += self.filters.write_cluster_ips();
+        writes += self.write_settings(model);
+        let Some(links) = &self.links else { return writes };
+        self.hooks_due = true;
+        self.places = roles::places(links, &model.facts().primary, &model.context().policy.detect_local);
+        let up: BTreeSet<u32> = links.iter().filter(|link| link.up).map(|link| link.index).collect();
+        for (index, place) in &self.places {
+            if place.role == Role::NoEthernet && up.contains(index) && self.told.insert(place.name.clone()) {
+                tracing::warn!(
+                    device = place.name,
+                    "its frames have no Ethernet header: packets to Services that come in or leave by it are not served"
+                );
+            }
+        }
+        let wanted: Vec<(u32, Device)> = self
+            .places
+            .iter()
+            .filter(|(_, place)| place.role.is_hooked())
+            .map(|(index, place)| (*index, place.device))
+            .filter(|(index, device)| self.devices_written.get(index) != Some(device))
+            .collect();
+        let failures: BTreeMap<usize, _> = self.devices.put_all(&wanted).into_iter().collect();
+        for (at, (index, device)) in wanted.iter().enumerate() {
+            let failure = failures.get(&at);
+            if failure.is_none() {
+                self.devices_written.insert(*index, *device);
+                writes += 1;
+            }
+            self.note(&format!("DEVICES {index}"), failure.map(ToString::to_string));
+        }
+        writes
+    }
+
+    fn write_settings(&mut self, model: &Model) -> usize {
+        let wanted = settings::settings(model.facts(), &model.context().policy, self.options.snat_ports);
+        for (what, ranges) in
+            [("pod", &model.facts().local_pod_cidrs), ("service", &model.context().policy.service_cidrs)]
+        {
+            if ranges.len() > PREFIXES && self.told.insert(format!("{what} ranges")) {
+                tracing::warn!(used = PREFIXES, given = ranges.len(), "too many {what} ranges: the last ones are ignored");
+            }
+        }
+        if wanted == self.settings_written {
+            return 0;
+        }
+        let result = self.settings.set(0, wanted, 0).map_err(io_error);
+        self.note("PACKET_SETTINGS", result.as_ref().err().map(ToString::to_string));
+        if result.is_err() {
+            return 0;
+        }
+        self.settings_written = wanted;
+        1
+    }
+
+    /// Brings the hooks to where they belong. What their programs need is written. Returns the number of writes.
+    pub fn hook(&mut self, loaded: &Loaded) -> usize {
+        if !std::mem::take(&mut self.hooks_due) {
+            return 0;
+        }
+        let mut writes = 0;
+        let wanted: BTreeMap<u32, String> = self
+            .places
+            .iter()
+            .filter(|(index, place)| place.role.is_hooked() && self.devices_written.contains_key(index))
+            .map(|(index, place)| (*index, place.name.clone()))
+            .collect();
+        for index in self.misplaced(&wanted) {
+            match devices::unhook(&self.pins, index) {
+                Ok(()) => {
+                    writes += 1;
+                    self.hooked.remove(&index);
+                    self.note(&format!("device {index}"), None);
+                }
+                Err(error) => self.note(&format!("device {index}"), Some(with_causes(&error))),
+            }
+        }
+        // What failed for a device that is gone has come to its end.
+        let known = |index: &u32| wanted.contains_key(index) || self.devices_written.contains_key(index);
+        self.failed.retain(|what, _| of_device(what).is_none_or(|index| known(&index)));
+        for (index, name) in &wanted {
+            if self.hooked.contains(index) {
+                continue;
+            }
+            let failure = match loaded.hook(*index) {
+                Ok(Some(made)) => {
+                    if made > 0 {
+                        tracing::info!(device = name, index, "hooked");
+                    }
+                    writes += made;
+                    self.hooked.insert(*index);
+                    None
+                }
+                // It has gone; the next list says so.
+                Ok(None) => None,
+                Err(error) => Some(with_causes(&error)),
+            };
+            self.note(&format!("device {index}"), failure);
+        }
+        let gone: Vec<u32> =
+            self.devices_written.keys().filter(|index| !wanted.contains_key(index)).copied().collect();
+        for index in gone {
+            let result = self.devices.remove(&index);
+            self.note(&format!("DEVICES {index}"), result.as_ref().err().map(ToString::to_string));
+            if result.is_ok() {
+                self.devices_written.remove(&index);
+                writes += 1;
+            }
+        }
+        writes
+    }
+
+    /// Hooks on devices that should have none, or that are gone. The first time, those that a former run left too.
+    fn misplaced(&mut self, wanted: &BTreeMap<u32, String>) -> Vec<u32> {
+        let mut on: BTreeSet<u32> = self.hooked.clone();
+        if !self.adopted {
+            match devices::hooked(&self.pins) {
+                Ok(pinned) => {
+                    on.extend(pinned.keys());
+                    self.adopted = true;
+                }
+                Err(error) => self.note("links", Some(with_causes(&error))),
+            }
+        }
+        on.retain(|index| !wanted.contains_key(index));
+        on.into_iter().collect()
+    }
+
+    /// Puts the programs of another generation on every hooked device.
+    ///
+    /// # Errors
+    /// The first device that could not be switched.
+    pub fn switch(&mut self, loaded: &Loaded) -> Result<(), kernel::Error> {
+        for index in self.hooked.clone() {
+            if loaded.hook(index)?.is_none() {
+                self.hooked.remove(&index);
+            }
+        }
+        Ok(())
+    }
+
+    /// A Service is about to be programmed. Returns the number of writes.
+    pub fn announce(&mut self, key: &ObjectKey, vips: BTreeSet<IpAddr>, model: &Model) -> usize {
+        let service = model.service(key).filter(|service| service.proxied);
+        let cluster_ips = service.map(|service| {
+            Family::ALL.into_iter().filter_map(|family| *service.cluster_ip.get(family)).collect()
+        });
+        self.filters.announce(key, vips, cluster_ips.unwrap_or_default())
+    }
+
+    /// Services are programmed. With `full`, they are all that there are. Returns the number of writes.
+    pub fn settle<'a>(&mut self, services: impl IntoIterator<Item = &'a ObjectKey>, full: bool) -> usize {
+        let writes = self.filters.settle(services, full);
+        self.note("CLUSTER_IPS", self.filters.failure.clone());
+        writes
+    }
+
+    /// C2: these datagram frontends belong to another service port than before.
+    pub fn moved(&mut self, frontends: impl IntoIterator<Item = (FrontendKey, ServiceId)>) {
+        for (key, service) in frontends {
+            if key.protocol() == Protocol::Udp.number() {
+                self.waiting.entry(service).or_default().insert(key);
+            }
+        }
+    }
+
+    /// C3: flows of former owners go once the present one has a serving endpoint. `services` are those that were just
+    /// programmed; `owner` says who has a frontend now.
+    pub fn purge(
+        &mut self,
+        services: impl IntoIterator<Item = ServiceId>,
+        serves: impl Fn(ServiceId) -> bool,
+        owner: impl Fn(&FrontendKey) -> Option<ServiceId>,
+    ) {
+        if self.waiting.is_empty() {
+            return;
+        }
+        let mut owners = Owners::new();
+        for service in services {
+            if self.waiting.contains_key(&service) && serves(service) {
+                let frontends = self.waiting.remove(&service).unwrap_or_default();
+                // It may have changed hands again, and then it waits under another id.
+                let still_its = frontends.into_iter().filter(|key| owner(key) == Some(service));
+                owners.extend(still_its.map(|key| ((key.address(), key.port()), service)));
+            }
+        }
+        if !owners.is_empty() {
+            self.upkeep.purge(owners);
+        }
+    }
+
+    /// What could not be done, by what it is about.
+    pub const fn failed(&self) -> &BTreeMap<String, String> {
+        &self.failed
+    }
+
+    /// Every device with its role.
+    pub fn device_views(&self) -> Vec<DeviceView> {
+        let view = |(index, place): (&u32, &Place)| DeviceView {
+            index: *index,
+            name: place.name.clone(),
+            role: place.role.name(),
+            hooked: self.hooked.contains(index),
+            sources: [place.device.v4, place.device.v6]
+                .into_iter()
+                .filter(|source| place.role.is_hooked() && *source != Address::default())
+                .map(|source| source.ip())
+                .collect(),
+        };
+        self.places.iter().map(view).collect()
+    }
+
+    /// Remembers a failure and says it once; `None`: it is well.
+    fn note(&mut self, what: &str, failure: Option<String>) {
+        match failure {
+            Some(error) => {
+                if self.failed.get(what) != Some(&error) {
+                    tracing::error!(what, error, "the packet path is not as wanted; trying again");
+                }
+                self.failed.insert(what.to_owned(), error);
+                self.retry.get_or_insert(Instant::now() + RETRY);
+            }
+            None => {
+                if self.failed.remove(what).is_some() {
+                    tracing::info!(what, "done at last");
+                }
+            }
+        }
+    }
+}
+
+/// The index, if it is a device that something is about.
+fn of_device(what: &str) -> Option<u32> {
+    what.strip_prefix("device ").or_else(|| what.strip_prefix("DEVICES "))?.parse().ok()
+}
+
+fn with_causes(error: &kernel::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+/// `VIPS` and `CLUSTER_IPS`: which addresses packets are looked at for.
+struct Filters {
+    vips: Mapping<[u8; VIP_PLACES]>,
+    vips_wanted: Counted<usize>,
+    /// Places that no frontend has any more. Connections may (Z8, C7): they are cleared after a walk that began later and
+    /// found none. True: a walk has begun later.
+    lingering: BTreeMap<usize, bool>,
+    cluster_ips: Table<Address, u32>,
+    cluster_ips_wanted: Counted<IpAddr>,
+    cluster_ips_written: BTreeSet<IpAddr>,
+    /// Those that may be written otherwise than wanted.
+    unsure: BTreeSet<IpAddr>,
+    own: BTreeSet<IpAddr>,
+    /// P14.
+    excluded: BTreeSet<IpAddr>,
+    failure: Option<String>,
+}
+
+impl Filters {
+    fn open(pins: &Pins) -> Result<Self, kernel::Error> {
+        let vips = open_pinned(pins, 0, "VIPS")?;
+        let state = pins.state();
+        let mapping = Mapping::new(vips.fd(), 1, true);
+        let cluster_ips: Table<Address, u32> = Table::open(pins, 0, "CLUSTER_IPS")?;
+        let written = cluster_ips.entries().map_err(kernel::Error::path("read", state.join("CLUSTER_IPS")))?;
+        Ok(Self {
+            vips: mapping.map_err(kernel::Error::path("map into memory", state.join("VIPS")))?,
+            vips_wanted: Counted::default(),
+            lingering: BTreeMap::new(),
+            cluster_ips,
+            cluster_ips_wanted: Counted::default(),
+            cluster_ips_written: written.into_iter().map(|(address, _)| address.ip()).collect(),
+            unsure: BTreeSet::new(),
+            own: BTreeSet::new(),
+            excluded: BTreeSet::new(),
+            failure: None,
+        })
+    }
+
+    /// Z6: an address bound on this node is its processes'.
+    fn set_node(&mut self, model: &Model) {
+        let own = &model.context().own_addresses;
+        let excluded: BTreeSet<IpAddr> =
+            model.context().policy.excluded_frontends.iter().map(|excluded| excluded.address).collect();
+        self.unsure.extend(self.own.symmetric_difference(own));
+        self.unsure.extend(self.excluded.symmetric_difference(&excluded));
+        self.own.clone_from(own);
+        self.excluded = excluded;
+    }
+
+    fn announce(&mut self, key: &ObjectKey, mut vips: BTreeSet<IpAddr>, cluster_ips: BTreeSet<IpAddr>) -> usize {
+        let mut writes = 0;
+        vips.extend(&cluster_ips);
+        self.unsure.extend(self.cluster_ips_wanted.take(key, cluster_ips));
+        let places = vips.into_iter().map(|vip| vip_place(&vip.into())).collect();
+        for place in self.vips_wanted.take(key, places) {
+            self.lingering.remove(&place);
+            // In range by what `vip_place` is.
+            if self.vips.load(place) == 0 && self.vips.store(place, 1).is_ok() {
+                writes += 1;
+            }
+        }
+        writes
+    }
+
+    fn settle<'a>(&mut self, services: impl IntoIterator<Item = &'a ObjectKey>, full: bool) -> usize {
+        for key in services {
+            self.unsure.extend(self.cluster_ips_wanted.give_back(key));
+            self.lingering.extend(self.vips_wanted.give_back(key).into_iter().map(|place| (place, false)));
+        }
+        if full {
+            // Q2: of Services that went while no agent ran.
+            let left = (0..VIP_PLACES).filter(|place| self.vips.load(*place) != 0);
+            let left = left.filter(|place| !self.vips_wanted.has(place));
+            let left: Vec<usize> = left.filter(|place| !self.lingering.contains_key(place)).collect();
+            self.lingering.extend(left.into_iter().map(|place| (place, false)));
+            self.unsure.extend(self.cluster_ips_written.iter().copied());
+        }
+        self.write_cluster_ips()
+    }
+
+    fn write_cluster_ips(&mut self) -> usize {
+        let wanted = |address: &IpAddr| {
+            self.cluster_ips_wanted.has(address)
+                && !self.own.contains(address)
+                && !self.excluded.contains(address)
+        };
+        let (here, gone): (BTreeSet<IpAddr>, BTreeSet<IpAddr>) =
+            std::mem::take(&mut self.unsure).into_iter().partition(wanted);
+        let new: Vec<(Address, u32)> =
+            here.difference(&self.cluster_ips_written).map(|address| (Address::from(*address), 1)).collect();
+        let failures: BTreeMap<usize, _> = self.cluster_ips.put_all(&new).into_iter().collect();
+        let mut writes = 0;
+        self.failure = None;
+        for (at, (address, _)) in new.iter().enumerate() {
+            if let Some(error) = failures.get(&at) {
+                self.unsure.insert(address.ip());
+                self.failure = Some(error.to_string());
+            } else {
+                self.cluster_ips_written.insert(address.ip());
+                writes += 1;
+            }
+        }
+        for address in gone {
+            if !self.cluster_ips_written.contains(&address) {
+                continue;
+            }
+            match self.cluster_ips.remove(&address.into()) {
+                Ok(()) => {
+                    self.cluster_ips_written.remove(&address);
+                    writes += 1;
+                }
+                Err(error) => {
+                    self.unsure.insert(address);
+                    self.failure = Some(error.to_string());
+                }
+            }
+        }
+        writes
+    }
+
+    fn clear_unused(&mut self, report: &Report) -> usize {
+        let mut writes = 0;
+        let ripe = |(place, ripe): (&usize, &bool)| (*ripe && !report.is_in_use(*place)).then_some(*place);
+        let unused: Vec<usize> = self.lingering.iter().filter_map(ripe).collect();
+        for place in unused {
+            self.lingering.remove(&place);
+            if self.vips.store(place, 0).is_ok() {
+                writes += 1;
+            }
+        }
+        self.lingering.values_mut().for_each(|ripe| *ripe = true);
+        writes
+    }
+}
