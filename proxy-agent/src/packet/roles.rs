@@ -88,6 +88,8 @@ pub fn places(
             v6: source(Family::V6),
             bridge: bridge.map_or(0, |bridge| bridge.index),
             flags,
+            mac: link.mac.as_slice().try_into().unwrap_or_default(),
+            zero: 0,
         };
         Place { name: link.name.clone(), role, device }
     };
