@@ -53,6 +53,11 @@ pub struct Place {
 }
 
 impl Place {
+    /// A place of a network that was built elsewhere; its cgroup exists.
+    pub(crate) fn new(name: &str, netns: Netns, cgroup: PathBuf, v4: Ipv4Addr, v6: Ipv6Addr) -> Self {
+        Self { name: name.to_owned(), netns, cgroup, v4, v6 }
+    }
+
     /// Its name, which its servers answer with.
     #[must_use]
     pub fn name(&self) -> &str {
@@ -141,6 +146,11 @@ pub struct Node {
 }
 
 impl Node {
+    /// A node of a network that was built elsewhere; cgroup and directory exist.
+    pub(crate) fn new(index: u8, host: Place, cgroup: PathBuf, pods: Vec<Place>, directory: PathBuf) -> Self {
+        Self { index, host, cgroup, pods, directory }
+    }
+
     /// Its name in Kubernetes.
     #[must_use]
     pub fn name(&self) -> &str {
@@ -209,7 +219,6 @@ pub struct Shape {
 /// A lab. Dropping it ends the processes in it and removes all of it.
 #[derive(Debug)]
 pub struct Lab {
-    name: String,
     router: Netns,
     outside: Place,
     nodes: Vec<Node>,
@@ -230,9 +239,7 @@ impl Lab {
             shape.nodes <= 200 && shape.pods <= 200,
             "the lab's addresses are numbered by one byte: {shape:?}"
         );
-        sweep_once()?;
-        let name = format!("{PREFIX}{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
-        let ground = Ground::new(&name)?;
+        let ground = Ground::new()?;
         let manifests = Manifests::new(ground.directory.join("manifests"))?;
 
         let router = Netns::new()?;
@@ -245,7 +252,7 @@ impl Lab {
              route add blackhole ::/0\n")?;
         let outside = uplink(&router, "outside", 254, ground.cgroup.join("outside"))?;
 
-        let mut lab = Self { name, router, outside, nodes: Vec::new(), manifests, ground };
+        let mut lab = Self { router, outside, nodes: Vec::new(), manifests, ground };
         for index in 1..=shape.nodes {
             lab.add_node(index)?;
             for _ in 0..shape.pods {
@@ -258,7 +265,7 @@ impl Lab {
     /// The lab's name, which names its cgroup and its directory.
     #[must_use]
     pub fn name(&self) -> &str {
-        &self.name
+        &self.ground.name
     }
 
     /// The lab's cgroup; every node's is below it.
@@ -299,7 +306,7 @@ impl Lab {
 
     /// A node, counted from 0.
     pub fn node(&self, index: usize) -> Result<&Node> {
-        self.nodes.get(index).with_context(|| format!("{} has no node {index}", self.name))
+        self.nodes.get(index).with_context(|| format!("{} has no node {index}", self.name()))
     }
 
     /// A pod of the first node, counted from 0.
@@ -330,7 +337,7 @@ impl Lab {
 
     /// Adds a pod to a node (counted from 0) of the running lab.
     pub fn add_pod(&mut self, node: usize) -> Result<&Place> {
-        let Some(node) = self.nodes.get_mut(node) else { bail!("{} has no node {node}", self.name) };
+        let Some(node) = self.nodes.get_mut(node) else { bail!("{} has no node {node}", self.ground.name) };
         let number = u8::try_from(node.pods.len()).context("too many pods")? + 1;
         let host_part = FIRST_POD + number - 1;
         let name = format!("pod-{}-{number}", node.index);
@@ -398,15 +405,19 @@ fn routes_to(index: u8) -> String {
 
 /// What a lab has on the machine that would outlive this process. Dropping it ends the processes in it.
 #[derive(Debug)]
-struct Ground {
-    cgroup: PathBuf,
-    directory: PathBuf,
+pub(crate) struct Ground {
+    pub(crate) name: String,
+    pub(crate) cgroup: PathBuf,
+    pub(crate) directory: PathBuf,
 }
 
 impl Ground {
-    fn new(name: &str) -> Result<Self> {
-        let ground =
-            Self { cgroup: cgroup::mount_point()?.join(name), directory: std::env::temp_dir().join(name) };
+    /// Under a name that no other lab has; what dead runs left goes first.
+    pub(crate) fn new() -> Result<Self> {
+        sweep_once()?;
+        let name = format!("{PREFIX}{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
+        let (cgroup, directory) = (cgroup::mount_point()?.join(&name), std::env::temp_dir().join(&name));
+        let ground = Self { name, cgroup, directory };
         cgroup::create(&ground.cgroup)?;
         fs::create_dir(&ground.directory)
             .with_context(|| format!("making {}", ground.directory.display()))?;

@@ -30,7 +30,7 @@ const LIVE_WITHIN: Duration = Duration::from_secs(30);
 
 /// The file and the Service that show how far the agent has come. By its name it is the last of files that are read
 /// together.
-const BARRIER: &str = "zz-barrier";
+pub(crate) const BARRIER: &str = "zz-barrier";
 const BARRIER_VIP: &str = "10.96.255.254";
 
 /// What the pods of a scene listen on.
@@ -141,22 +141,32 @@ impl Scene {
     pub fn settle(&self) -> Result<()> {
         let number = self.barriers.get() + 1;
         self.barriers.set(number);
-        let port_name = format!("b{number}");
-        let barrier = service(BARRIER, &[BARRIER_VIP]).port(&port_name, "TCP", 1, 1);
-        self.lab.manifests().write(BARRIER, &[barrier])?;
-        let (agent, wanted) = (self.agent()?, format!("{BARRIER}:{port_name}/"));
-        let deadline = Instant::now() + LIVE_WITHIN;
-        while !agent.programmed()?.iter().any(|name| name.contains(&wanted)) {
-            if Instant::now() > deadline {
-                bail!(
-                    "the agent did not take a change within {LIVE_WITHIN:?}; its log ends:\n{}",
-                    agent.log_tail()
-                );
-            }
-            thread::sleep(Duration::from_millis(1));
-        }
-        Ok(())
+        let (object, wanted) = barrier(number);
+        self.lab.manifests().write(BARRIER, &[object])?;
+        wait_programmed(self.agent()?, &wanted)
     }
+}
+
+/// A Service of which each number is another one, and the part of the name that shows when it is programmed.
+pub(crate) fn barrier(number: u32) -> (Object, String) {
+    let port_name = format!("b{number}");
+    let object = service(BARRIER, &[BARRIER_VIP]).port(&port_name, "TCP", 1, 1);
+    (object, format!("{BARRIER}:{port_name}/"))
+}
+
+/// Waits until an agent has programmed a service port with this in its name.
+pub(crate) fn wait_programmed(agent: &Agent, wanted: &str) -> Result<()> {
+    let deadline = Instant::now() + LIVE_WITHIN;
+    while !agent.programmed()?.iter().any(|name| name.contains(wanted)) {
+        if Instant::now() > deadline {
+            bail!(
+                "the agent did not take a change within {LIVE_WITHIN:?}; its log ends:\n{}",
+                agent.log_tail()
+            );
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
 }
 
 /// Tries until it works; for what nobody tells the end of.

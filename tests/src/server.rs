@@ -1,7 +1,7 @@
 //! Servers that say who they are. They run as threads of the test, on sockets made inside a pod's namespace.
 //!
 //! TCP: the server greets with its name and a line end, then echoes what it gets. UDP: each datagram is answered with the
-//! name, a line end and the datagram.
+//! name, a line end and the datagram. A server that tells says behind its name whom it sees: `name address:port`.
 
 use std::{
     collections::HashMap,
@@ -51,8 +51,17 @@ impl Server {
         netns.run(|| Self::start_here(name, addresses))?
     }
 
+    /// [`Server::start`], and tells each client which address it has for the server.
+    pub fn start_telling(netns: &Netns, name: &str, addresses: &[SocketAddr]) -> Result<Self> {
+        netns.run(|| Self::start_with(name, addresses, true))?
+    }
+
     /// Listens on TCP and UDP at each address of the calling thread's namespace.
     pub fn start_here(name: &str, addresses: &[SocketAddr]) -> Result<Self> {
+        Self::start_with(name, addresses, false)
+    }
+
+    fn start_with(name: &str, addresses: &[SocketAddr], tells: bool) -> Result<Self> {
         let mut sockets = Vec::new();
         for address in addresses {
             let listener =
@@ -67,7 +76,7 @@ impl Server {
         }
         let (stop, stopped) = UnixStream::pair().context("making the server's stop signal")?;
         let counts = Arc::new(Counts::default());
-        let worker = Worker::new(name, sockets, stopped, Arc::clone(&counts))?;
+        let worker = Worker::new(name, tells, sockets, stopped, Arc::clone(&counts))?;
         let thread = thread::Builder::new()
             .name(format!("server {name}"))
             .spawn(move || worker.run())
@@ -135,7 +144,9 @@ impl AsFd for Socket {
 }
 
 struct Worker {
-    greeting: Vec<u8>,
+    name: String,
+    /// Whether it says whom it sees.
+    tells: bool,
     epoll: Epoll,
     sockets: HashMap<u64, Socket>,
     next_token: u64,
@@ -143,15 +154,16 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(name: &str, sockets: Vec<Socket>, stopped: UnixStream, counts: Arc<Counts>) -> Result<Self> {
+    fn new(
+        name: &str,
+        tells: bool,
+        sockets: Vec<Socket>,
+        stopped: UnixStream,
+        counts: Arc<Counts>,
+    ) -> Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("making an epoll instance")?;
-        let mut worker = Self {
-            greeting: format!("{name}\n").into_bytes(),
-            epoll,
-            sockets: HashMap::new(),
-            next_token: STOP,
-            counts,
-        };
+        let mut worker =
+            Self { name: name.to_owned(), tells, epoll, sockets: HashMap::new(), next_token: STOP, counts };
         worker.add(Socket::Stop(stopped)).context("watching the stop signal")?;
         for socket in sockets {
             worker.add(socket).context("watching a socket")?;
@@ -190,7 +202,7 @@ impl Worker {
         let mut accepted = Vec::new();
         let keep = match self.sockets.get_mut(&token) {
             Some(Socket::Listener(listener)) => {
-                while let Ok((connection, _)) = listener.accept() {
+                while let Ok(connection) = listener.accept() {
                     accepted.push(connection);
                 }
                 true
@@ -199,7 +211,7 @@ impl Worker {
                 // An error here is one of an earlier answer (its port was closed): the next datagram is as good as any.
                 while let Ok((length, from)) = socket.recv_from(buffer) {
                     self.counts.datagrams.fetch_add(1, Ordering::Relaxed);
-                    let mut answer = self.greeting.clone();
+                    let mut answer = greeting(&self.name, self.tells, from);
                     answer.extend_from_slice(buffer.get(..length).unwrap_or_default());
                     let _ = socket.send_to(&answer, from);
                 }
@@ -217,11 +229,17 @@ impl Worker {
             // Closing the descriptor also takes it out of the epoll instance.
             self.sockets.remove(&token);
         }
-        for mut connection in accepted {
+        for (mut connection, from) in accepted {
             self.counts.connections.fetch_add(1, Ordering::Relaxed);
-            if connection.set_nonblocking(true).is_ok() && connection.write_all(&self.greeting).is_ok() {
+            if connection.set_nonblocking(true).is_ok()
+                && connection.write_all(&greeting(&self.name, self.tells, from)).is_ok()
+            {
                 let _ = self.add(Socket::Connection(connection));
             }
         }
     }
+}
+
+fn greeting(name: &str, tells: bool, client: SocketAddr) -> Vec<u8> {
+    if tells { format!("{name} {client}\n") } else { format!("{name}\n") }.into_bytes()
 }

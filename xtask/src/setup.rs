@@ -25,7 +25,13 @@ const COMPONENTS: [(&str, &str); 3] = [
 ];
 
 /// Commands that the lab and the tests run, and the Debian packages that have them.
-const COMMANDS: [(&str, &str); 3] = [("ip", "iproute2"), ("curl", "curl"), ("dig", "bind9-dnsutils")];
+const COMMANDS: [(&str, &str); 5] = [
+    ("ip", "iproute2"),
+    ("curl", "curl"),
+    ("dig", "bind9-dnsutils"),
+    ("nft", "nftables"),
+    ("ethtool", "ethtool"),
+];
 
 /// What building needs.
 pub(crate) fn toolchain() -> Result<()> {
