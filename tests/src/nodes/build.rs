@@ -61,6 +61,7 @@ pub(super) fn world(layout: Layout) -> Result<World> {
     let world = World {
         agents: vec![None, None],
         servers: Vec::new(),
+        peers: Vec::new(),
         layout,
         router,
         transit,

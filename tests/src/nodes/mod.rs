@@ -16,6 +16,7 @@
 //! long as no agent of its own takes them there.
 
 mod build;
+pub mod matrix;
 
 use std::{
     fmt,
@@ -47,7 +48,7 @@ pub const EXTERNAL_CIDR: &str = "203.0.113.0/24,fd00:203:0:113::/64";
 const SYNCED_WITHIN: Duration = Duration::from_secs(60);
 
 /// How a pod is attached to its node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Attachment {
     /// By a port of the node's bridge.
     Bridge,
@@ -145,6 +146,7 @@ pub struct World {
     // In the order in which they go: nobody uses what has gone.
     agents: Vec<Option<Agent>>,
     servers: Vec<Server>,
+    peers: Vec<usize>,
     layout: Layout,
     router: Netns,
     transit: Netns,
@@ -278,10 +280,15 @@ impl World {
         agent.with_context(|| format!("no agent runs on node {node}"))
     }
 
-    /// Whether an agent runs on a node.
+    /// Whether a node translates VIPs.
     #[must_use]
-    pub fn has_agent(&self, node: usize) -> bool {
-        self.agents.get(node).is_some_and(Option::is_some)
+    pub fn proxied(&self, node: usize) -> bool {
+        self.peers.contains(&node) || self.agents.get(node).is_some_and(Option::is_some)
+    }
+
+    /// Another proxy than ours serves a node.
+    pub fn set_proxied(&mut self, node: usize) {
+        self.peers.push(node);
     }
 
     /// Writes objects into a file and waits until every agent's kernel has what they say.
