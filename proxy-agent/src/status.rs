@@ -103,10 +103,8 @@ impl Status {
                 .map(|(_, took)| u64::try_from(took.as_micros()).unwrap_or(u64::MAX)),
             failed: failed.iter().map(|(key, error)| (key.to_string(), error.as_str())).collect(),
             problems,
-            packet_path: packets.map(|packets| PacketView {
-                devices: packets.device_views(),
-                failed: packets.failed(),
-            }),
+            packet_path: packets
+                .map(|packets| PacketView { devices: packets.device_views(), failed: packets.failed() }),
         }
     }
 }

@@ -140,7 +140,8 @@ impl RunArgs {
         sources.spawn(async move { addresses::run(to).await.context("follow this node's addresses") });
         let (links, linked) = watch::channel(None);
         if !no_packet_path {
-            sources.spawn(async move { links::run(links).await.context("follow this node's network devices") });
+            sources
+                .spawn(async move { links::run(links).await.context("follow this node's network devices") });
         }
         match source {
             Source::Files(directory) => sources.spawn(async move {

@@ -2,20 +2,24 @@
 
 use std::io;
 
-use aya::maps::MapData;
+use aya::maps::lpm_trie::{Key, LpmTrie};
+use aya::maps::{Map, MapData, MapError};
 use proxy_common::abi::{
     AffinityWord, Backend, BackendId, FrontendKey, FrontendValue, ServiceId, ServiceRecord, SetWord,
+    SourceRange,
 };
 
 use super::{Dataplane, Failure, Limits, RecordWord, Write};
 use crate::kernel::mapping::Mapping;
-use crate::kernel::table::Table;
+use crate::kernel::table::{Table, io_error};
 use crate::kernel::{self, Loaded, Pins, programs::open_pinned};
 
 /// See the module.
 pub struct Kernel {
     limits: Limits,
     frontends: Table<FrontendKey, FrontendValue>,
+    /// Of all generations.
+    source_ranges: LpmTrie<MapData, SourceRange, u32>,
     services: Mapping<ServiceRecord>,
     slots: Mapping<BackendId>,
     backends: Mapping<Backend>,
@@ -54,6 +58,9 @@ impl Kernel {
                 backends: backends_limit,
             },
             frontends,
+            source_ranges: Map::from_map_data(open_pinned(pins, generation, "SOURCE_RANGES")?)
+                .and_then(TryInto::try_into)
+                .map_err(|source| kernel::Error::Map { map: "SOURCE_RANGES", source })?,
             services,
             slots,
             backends,
@@ -89,6 +96,10 @@ fn map<T>(
     Ok((limit, mapping))
 }
 
+fn lpm_key(range: SourceRange, bits: u8) -> Key<SourceRange> {
+    Key::new(SourceRange::SERVICE_BITS + u32::from(bits), range)
+}
+
 impl Dataplane for Kernel {
     fn limits(&self) -> Limits {
         self.limits
@@ -110,6 +121,15 @@ impl Dataplane for Kernel {
                 Write::Slot { index, value } => self.slots.store(*index, *value),
                 Write::Word { service, word, bits } => self.services.store(*service, *word, *bits),
                 Write::RemoveFrontend { key } => self.frontends.remove(key),
+                Write::SourceRange { range, bits } => {
+                    self.source_ranges.insert(&lpm_key(*range, *bits), 1, 0).map_err(io_error)
+                }
+                Write::RemoveSourceRange { range, bits } => {
+                    match self.source_ranges.remove(&lpm_key(*range, *bits)).map_err(io_error) {
+                        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                        Ok(()) | Err(_) => Ok(()),
+                    }
+                }
                 Write::Frontend { .. } => Ok(()),
             };
             if let Err(error) = result {
@@ -122,6 +142,15 @@ impl Dataplane for Kernel {
 
     fn frontends(&self) -> io::Result<Vec<(FrontendKey, FrontendValue)>> {
         self.frontends.entries()
+    }
+
+    fn source_ranges(&self) -> io::Result<Vec<(SourceRange, u8)>> {
+        let read = |entry: Result<(Key<SourceRange>, u32), MapError>| {
+            let (key, _) = entry.map_err(io_error)?;
+            let bits = key.prefix_len().saturating_sub(SourceRange::SERVICE_BITS);
+            Ok((key.data(), u8::try_from(bits).unwrap_or(u8::MAX)))
+        };
+        self.source_ranges.iter().map(read).collect()
     }
 
     fn record(&self, service: ServiceId) -> ServiceRecord {

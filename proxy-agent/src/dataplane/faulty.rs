@@ -2,7 +2,9 @@
 
 use std::io;
 
-use proxy_common::abi::{Backend, BackendId, FrontendKey, FrontendValue, ServiceId, ServiceRecord};
+use proxy_common::abi::{
+    Backend, BackendId, FrontendKey, FrontendValue, ServiceId, ServiceRecord, SourceRange,
+};
 
 use super::{Dataplane, Failure, Limits, Write};
 
@@ -34,6 +36,10 @@ impl<D: Dataplane, F: FnMut(&Write) -> bool> Dataplane for Faulty<D, F> {
 
     fn frontends(&self) -> io::Result<Vec<(FrontendKey, FrontendValue)>> {
         self.inner.frontends()
+    }
+
+    fn source_ranges(&self) -> io::Result<Vec<(SourceRange, u8)>> {
+        self.inner.source_ranges()
     }
 
     fn record(&self, service: ServiceId) -> ServiceRecord {

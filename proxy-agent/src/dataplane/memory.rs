@@ -2,12 +2,12 @@
 //! agent wrote, as it does in the kernel.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 
 use proxy_common::abi::{
     AffinityEntry, AffinityKey, AffinityWord, Backend, BackendId, DatagramFlow, DatagramKey, DatagramOrigin,
-    FrontendKey, FrontendValue, ServiceId, ServiceRecord, SetWord, WhichSet,
+    FrontendKey, FrontendValue, ServiceId, ServiceRecord, SetWord, SourceRange, WhichSet,
 };
 use proxy_common::decide::Tables;
 
@@ -21,6 +21,7 @@ pub struct Memory {
     services: BTreeMap<ServiceId, ServiceRecord>,
     slots: BTreeMap<u32, BackendId>,
     backends: BTreeMap<u32, Backend>,
+    source_ranges: BTreeSet<(SourceRange, u8)>,
     affinity: RefCell<HashMap<AffinityKey, AffinityEntry>>,
     datagram_flows: RefCell<HashMap<DatagramKey, DatagramFlow>>,
     datagram_origins: RefCell<HashMap<DatagramKey, DatagramOrigin>>,
@@ -46,6 +47,7 @@ impl Memory {
             services: BTreeMap::new(),
             slots: BTreeMap::new(),
             backends: BTreeMap::new(),
+            source_ranges: BTreeSet::new(),
             affinity: RefCell::default(),
             datagram_flows: RefCell::default(),
             datagram_origins: RefCell::default(),
@@ -91,6 +93,12 @@ impl Memory {
             Write::RemoveFrontend { key } => {
                 self.frontends.remove(&key);
             }
+            Write::SourceRange { range, bits } => {
+                self.source_ranges.insert((range, bits));
+            }
+            Write::RemoveSourceRange { range, bits } => {
+                self.source_ranges.remove(&(range, bits));
+            }
         }
         self.log.push(write);
         Ok(())
@@ -118,6 +126,10 @@ impl Dataplane for Memory {
 
     fn frontends(&self) -> io::Result<Vec<(FrontendKey, FrontendValue)>> {
         Ok(self.frontends.iter().map(|(key, value)| (*key, *value)).collect())
+    }
+
+    fn source_ranges(&self) -> io::Result<Vec<(SourceRange, u8)>> {
+        Ok(self.source_ranges.iter().copied().collect())
     }
 
     fn record(&self, service: ServiceId) -> ServiceRecord {

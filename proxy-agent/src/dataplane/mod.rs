@@ -7,7 +7,9 @@ pub mod memory;
 
 use std::io;
 
-use proxy_common::abi::{Backend, BackendId, FrontendKey, FrontendValue, ServiceId, ServiceRecord};
+use proxy_common::abi::{
+    Backend, BackendId, FrontendKey, FrontendValue, ServiceId, ServiceRecord, SourceRange,
+};
 
 /// One change of a table. Every one of them is atomic for a reader, and writing it twice is the same as once.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -46,6 +48,20 @@ pub enum Write {
     RemoveFrontend {
         /// VIP:port/protocol.
         key: FrontendKey,
+    },
+    /// A record lets clients in (F).
+    SourceRange {
+        /// Record and first address.
+        range: SourceRange,
+        /// How many bits of the address count, in its 128-bit form.
+        bits: u8,
+    },
+    /// It lets them in no more.
+    RemoveSourceRange {
+        /// Record and first address.
+        range: SourceRange,
+        /// How many bits of the address count, in its 128-bit form.
+        bits: u8,
     },
 }
 
@@ -115,6 +131,11 @@ pub trait Dataplane {
     /// # Errors
     /// If the table cannot be read.
     fn frontends(&self) -> io::Result<Vec<(FrontendKey, FrontendValue)>>;
+    /// All of `SOURCE_RANGES` with the number of bits that count, in any order.
+    ///
+    /// # Errors
+    /// If the table cannot be read.
+    fn source_ranges(&self) -> io::Result<Vec<(SourceRange, u8)>>;
     /// A record; empty if out of range.
     fn record(&self, service: ServiceId) -> ServiceRecord;
     /// A slot; [`BackendId::NONE`] if out of range.

@@ -72,7 +72,9 @@ impl State {
 pub fn idle_limit_s(key: &FlowKey, flow: &Flow) -> u64 {
     match Protocol::from_number(key.protocol) {
         Some(Protocol::Tcp) if flow.is_over() => idle_s::OVER,
-        Some(Protocol::Tcp) if flow.flags & (Flow::CLIENT_FIN | Flow::BACKEND_FIN) != 0 => idle_s::HALF_CLOSED,
+        Some(Protocol::Tcp) if flow.flags & (Flow::CLIENT_FIN | Flow::BACKEND_FIN) != 0 => {
+            idle_s::HALF_CLOSED
+        }
         Some(Protocol::Tcp | Protocol::Sctp) => idle_s::OPEN,
         Some(Protocol::Udp) | None => idle_s::DATAGRAM,
     }
@@ -383,7 +385,9 @@ fn run(mut flows: Flows, every: Duration, orders: &Receiver<Owners>, to: &Unboun
                             return;
                         }
                     }
-                    Err(error) => tracing::warn!(%error, "the tables of connections cannot be looked through"),
+                    Err(error) => {
+                        tracing::warn!(%error, "the tables of connections cannot be looked through")
+                    }
                 }
             }
             Err(RecvTimeoutError::Disconnected) => return,

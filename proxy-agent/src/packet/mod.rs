@@ -125,7 +125,8 @@ impl PacketPath {
             retry: None,
             waiting: BTreeMap::new(),
             told: BTreeSet::new(),
-            upkeep: upkeep.map_err(kernel::Error::path("start the thread for", pins.state().join("FLOWS")))?,
+            upkeep: upkeep
+                .map_err(kernel::Error::path("start the thread for", pins.state().join("FLOWS")))?,
             reports,
         })
     }
@@ -140,7 +141,8 @@ impl PacketPath {
         // A device that was replaced by another of the same index needs new hooks.
         let known: BTreeMap<u32, &Link> =
             self.links.iter().flatten().map(|link| (link.index, link)).collect();
-        let replaced = links.iter().filter(|link| known.get(&link.index).is_none_or(|old| !old.is_same(link)));
+        let replaced =
+            links.iter().filter(|link| known.get(&link.index).is_none_or(|old| !old.is_same(link)));
         for link in replaced {
             self.hooked.remove(&link.index);
         }
@@ -164,7 +166,9 @@ impl PacketPath {
                 self.hooked.retain(|index| pinned.get(index) == Some(&true));
                 self.hooks_due |= self.hooked.len() != before;
             }
-            Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "hooks cannot be looked after"),
+            Err(error) => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "hooks cannot be looked after")
+            }
         }
         self.filters.clear_unused(report)
     }
@@ -227,7 +231,11 @@ impl PacketPath {
             [("pod", &model.facts().local_pod_cidrs), ("service", &model.context().policy.service_cidrs)]
         {
             if ranges.len() > PREFIXES && self.told.insert(format!("{what} ranges")) {
-                tracing::warn!(used = PREFIXES, given = ranges.len(), "too many {what} ranges: the last ones are ignored");
+                tracing::warn!(
+                    used = PREFIXES,
+                    given = ranges.len(),
+                    "too many {what} ranges: the last ones are ignored"
+                );
             }
         }
         if wanted == self.settings_written {
@@ -457,7 +465,8 @@ impl Filters {
         let state = pins.state();
         let mapping = Mapping::new(vips.fd(), 1, true);
         let cluster_ips: Table<Address, u32> = Table::open(pins, 0, "CLUSTER_IPS")?;
-        let written = cluster_ips.entries().map_err(kernel::Error::path("read", state.join("CLUSTER_IPS")))?;
+        let written =
+            cluster_ips.entries().map_err(kernel::Error::path("read", state.join("CLUSTER_IPS")))?;
         Ok(Self {
             vips: mapping.map_err(kernel::Error::path("map into memory", state.join("VIPS")))?,
             vips_wanted: Counted::default(),
@@ -483,7 +492,12 @@ impl Filters {
         self.excluded = excluded;
     }
 
-    fn announce(&mut self, key: &ObjectKey, mut vips: BTreeSet<IpAddr>, cluster_ips: BTreeSet<IpAddr>) -> usize {
+    fn announce(
+        &mut self,
+        key: &ObjectKey,
+        mut vips: BTreeSet<IpAddr>,
+        cluster_ips: BTreeSet<IpAddr>,
+    ) -> usize {
         let mut writes = 0;
         vips.extend(&cluster_ips);
         self.unsure.extend(self.cluster_ips_wanted.take(key, cluster_ips));

@@ -7,6 +7,7 @@ use ipnet::IpNet;
 use proxy_common::abi::packet::PREFIXES;
 use proxy_common::abi::{Address, PacketSettings, Prefix};
 
+use crate::reconcile::bits;
 use crate::resolve::{NodeFacts, Policy};
 
 /// Ports that replaced sources are taken from, both ends included.
@@ -89,14 +90,6 @@ fn prefixes(ranges: &[IpNet]) -> ([Prefix; PREFIXES], u32) {
     (prefixes, count)
 }
 
-/// Bits that count, from the start of the 128-bit form.
-pub fn bits(range: &IpNet) -> u8 {
-    match range {
-        IpNet::V4(range) => 96 + range.prefix_len(),
-        IpNet::V6(range) => range.prefix_len(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -113,7 +106,9 @@ mod tests {
         }
         let ports = SnatPorts::default();
         assert!(!ports.overlaps(30_000, 60_999) && !ports.overlaps(1, 9_999));
-        assert!(ports.overlaps(29_999, 60_999) && ports.overlaps(1, 10_000) && ports.overlaps(11_000, 12_000));
+        assert!(
+            ports.overlaps(29_999, 60_999) && ports.overlaps(1, 10_000) && ports.overlaps(11_000, 12_000)
+        );
     }
 
     #[test]
@@ -135,7 +130,9 @@ mod tests {
         assert_eq!((settings.local_pods_count, settings.service_ranges_count), (1, 2));
         let has = |prefix: &Prefix, text: &str| prefix.contains(&text.parse::<IpAddr>().unwrap().into());
         assert!(has(&settings.local_pods[0], "fd00:10:244:1::9"));
-        assert!(has(&settings.service_ranges[0], "10.111.0.1") && !has(&settings.service_ranges[0], "10.112.0.1"));
+        assert!(
+            has(&settings.service_ranges[0], "10.111.0.1") && !has(&settings.service_ranges[0], "10.112.0.1")
+        );
         assert!(has(&settings.service_ranges[1], "fd00:10:96::7"));
         // Five ranges: the fifth has no place.
         let many = Policy { service_cidrs: vec![cidr("10.0.0.0/8"); 5], ..Policy::default() };

@@ -8,6 +8,7 @@ use proxy_common::abi::{Backend, BackendId, ServiceId, SetWord};
 
 use super::pool::{Places, Runs};
 use super::port::{Member, PortState, Run, SETS};
+use super::ranges::Ranges;
 use super::{Reconciler, References};
 use crate::dataplane::{Dataplane, RecordWord, Write};
 
@@ -16,7 +17,7 @@ impl Reconciler {
     /// then it goes like any other that nobody wants.
     ///
     /// # Errors
-    /// If `FRONTENDS` cannot be read.
+    /// If `FRONTENDS` or `SOURCE_RANGES` cannot be read.
     pub fn adopt(dataplane: &impl Dataplane) -> io::Result<Self> {
         let limits = dataplane.limits();
         let frontends: BTreeMap<_, _> = dataplane.frontends()?.into_iter().collect();
@@ -69,6 +70,7 @@ impl Reconciler {
             generations,
             slots: Runs::adopt(limits.slots, &used.runs),
             lost_track: false,
+            ranges: Ranges::adopt(dataplane)?,
             strays,
         })
     }

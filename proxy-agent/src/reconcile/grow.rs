@@ -14,6 +14,8 @@ impl Report {
         for (_, error) in &self.failed {
             if let Error::Full { table, .. } = error {
                 match table {
+                    // All generations share it.
+                    Table::SourceRanges => {}
                     Table::Frontends => larger.frontends = double(limits.frontends, Limits::MAX.frontends),
                     Table::Services => larger.services = double(limits.services, Limits::MAX.services),
                     Table::Slots => larger.slots = double(limits.slots, Limits::MAX.slots),
@@ -98,6 +100,8 @@ impl Reconciler {
         for state in states() {
             writes.extend(words(state));
         }
+        // In the kernel all generations share them; written twice is written once.
+        writes.extend(self.ranges.everything());
         writes.extend(self.frontends.iter().map(|(key, value)| Write::Frontend { key: *key, value: *value }));
         writes
     }

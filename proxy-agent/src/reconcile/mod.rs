@@ -1,7 +1,7 @@
 //! Wanted state minus written state = writes, in an order that leaves every prefix safe.
 //!
 //! 1. New backends and slots, where nothing points to them.
-//! 2. The set words of each record: the commit. A new record is complete before step 3.
+//! 2. The set words of each record: the commit; then the clients that it lets in. A new record is complete before step 3.
 //! 3. Frontends, new and re-pointed: a frontend that changes hands is never missing (S13).
 //! 4. Frontends that nobody wants any more.
 //! 5. Sets that a record no longer uses, once no frontend asks for them.
@@ -14,6 +14,7 @@ mod adopt;
 mod grow;
 mod pool;
 mod port;
+mod ranges;
 #[cfg(test)]
 mod tests;
 mod wanted;
@@ -29,10 +30,11 @@ use crate::resolve::ServicePortKey;
 
 pub use grow::roomy;
 pub use pool::REST_MS;
-pub use wanted::WantedPort;
+pub use wanted::{WantedPort, bits};
 
 use pool::{Places, Runs};
 use port::PortState;
+use ranges::Ranges;
 
 /// Why a Service is not, or not fully, programmed. It is tried again.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +46,12 @@ pub enum Error {
         table: Table,
         /// Its size.
         limit: u32,
+    },
+    /// A table is full that does not grow.
+    #[error("{table} is full")]
+    NoRoom {
+        /// Which.
+        table: Table,
     },
     /// A write failed.
     #[error("writing {table} failed")]
@@ -74,6 +82,8 @@ pub enum Table {
     Slots,
     /// `BACKENDS`
     Backends,
+    /// `SOURCE_RANGES`
+    SourceRanges,
 }
 
 impl std::fmt::Display for Table {
@@ -83,6 +93,7 @@ impl std::fmt::Display for Table {
             Self::Services => "SERVICES",
             Self::Slots => "SLOTS",
             Self::Backends => "BACKENDS",
+            Self::SourceRanges => "SOURCE_RANGES",
         })
     }
 }
@@ -162,6 +173,7 @@ pub struct Reconciler {
     slots: Runs,
     /// A frontend could not be removed.
     lost_track: bool,
+    ranges: Ranges,
     /// Backends found live in the kernel that belong to no record.
     strays: Vec<Write>,
 }
@@ -199,7 +211,9 @@ impl Reconciler {
         {
             let mut state = self.claim(port, &claims, dataplane, now_ms);
             let result = match &mut state {
-                Ok(state) => self.commit(state, port, dataplane, now_ms, &mut report.writes),
+                Ok(state) => self
+                    .commit(state, port, dataplane, now_ms, &mut report.writes)
+                    .and_then(|()| self.let_in(state.id, port, dataplane, &mut report.writes)),
                 Err(_) => Ok(()),
             };
             let error = match (state, result) {
@@ -271,7 +285,18 @@ impl Reconciler {
             }
         }
 
+        let failed: BTreeSet<ServicePortKey> = report.failed.iter().map(|(key, _)| key.clone()).collect();
+        for port in wanted.iter().flat_map(|service| &service.ports) {
+            // What failed may still be guarded as before.
+            let Some(id) = self.service_id(&port.key).filter(|_| !failed.contains(&port.key)) else {
+                continue;
+            };
+            if let Err(error) = self.shut_out(id, &port.source_ranges, dataplane, &mut report.writes) {
+                report.failed.push((port.key.clone(), error));
+            }
+        }
         if full {
+            report.writes += self.shut_out_strays(dataplane);
             self.retired.extend(std::mem::take(&mut self.adopted).into_values().map(|state| (now_ms, state)));
         }
         report.writes += self.rest(dataplane, now_ms);

@@ -441,7 +441,7 @@ impl Reconciler {
             self.slots.give(run.first, run.len(), now_ms);
         }
         self.service_ids.give(state.id, now_ms);
-        writes
+        writes + self.forget_ranges(state.id, dataplane)
     }
 
     /// Tells flows that these backends are gone; their places rest. A place whose write fails keeps its tenant's

@@ -1,8 +1,10 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
+use ipnet::IpNet;
 use proxy_common::abi::{BackendState, FrontendKey, FrontendValue, Port, WhenEmpty};
 
+use super::ranges::Range;
 use crate::claims::Claims;
 use crate::resolve::{NodeFacts, Resolved, ServicePortKey, frontend_value};
 
@@ -23,6 +25,8 @@ pub struct WantedPort {
     pub when_empty: WhenEmpty,
     /// A1.
     pub affinity_timeout_s: Option<u32>,
+    /// F: clients that guarded frontends let in; empty if no frontend is guarded.
+    pub source_ranges: BTreeSet<Range>,
 }
 
 impl WantedPort {
@@ -34,6 +38,8 @@ impl WantedPort {
             // The record's place is not known yet.
             (key, frontend_value(resolved, frontend, facts, 0))
         });
+        let frontends: Vec<(FrontendKey, FrontendValue)> = frontends.collect();
+        let guarded = frontends.iter().any(|(_, value)| value.has_source_ranges());
         let endpoints = resolved.endpoints.iter().map(|endpoint| {
             let state = BackendState {
                 cluster: endpoint.in_cluster_set,
@@ -44,13 +50,29 @@ impl WantedPort {
         });
         Self {
             key: resolved.key.clone(),
-            frontends: frontends.collect(),
+            frontends,
             endpoints: endpoints.filter(|(_, state)| state.in_a_set() || state.serving).collect(),
             uses_cluster_set: resolved.cluster_set.is_some(),
             uses_local_set: resolved.local_set.is_some(),
             // A cluster set can only be empty when there is no endpoint at all, so one answer fits both sets.
             when_empty: if resolved.has_any_endpoints { WhenEmpty::Drop } else { WhenEmpty::Reject },
             affinity_timeout_s: resolved.affinity_timeout_s,
+            source_ranges: if guarded { source_ranges(resolved) } else { BTreeSet::new() },
         }
+    }
+}
+
+/// F2, F4.
+fn source_ranges(resolved: &Resolved) -> BTreeSet<Range> {
+    let ranges = resolved.source_ranges.iter().map(|range| (range.addr().into(), bits(range)));
+    let exceptions = resolved.source_exceptions.iter().map(|address| ((*address).into(), 128));
+    ranges.chain(exceptions).collect()
+}
+
+/// Bits that count, from the start of the 128-bit form.
+pub fn bits(range: &IpNet) -> u8 {
+    match range {
+        IpNet::V4(range) => 96 + range.prefix_len(),
+        IpNet::V6(range) => range.prefix_len(),
     }
 }

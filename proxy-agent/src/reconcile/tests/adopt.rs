@@ -49,6 +49,7 @@ fn q2_changed_wishes_write_the_difference() {
             Write::Slot { .. } => "slot",
             Write::Word { .. } => "word",
             Write::Frontend { .. } | Write::RemoveFrontend { .. } => "frontend",
+            Write::SourceRange { .. } | Write::RemoveSourceRange { .. } => "source range",
         })
         .collect();
     assert_eq!(kinds, ["backend", "slot", "slot", "word"]);

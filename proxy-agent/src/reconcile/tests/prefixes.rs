@@ -131,6 +131,7 @@ proptest! {
         engine.now_ms += REST_MS;
         engine.follow(&World::default());
         prop_assert_eq!(Dataplane::frontends(&engine.dataplane).unwrap(), vec![]);
+        prop_assert_eq!(engine.dataplane.source_ranges().unwrap(), vec![]);
         prop_assert_eq!(engine.reconciler.in_use(), [0, 0, 0]);
     }
 

@@ -11,8 +11,10 @@ use proxy_common::abi::{
 };
 use proxy_common::decide::{self, Client, Connect, Tables};
 
+use crate::dataplane::Dataplane;
 use crate::dataplane::memory::Memory;
 use crate::object::{Family, ObjectKey, Protocol};
+use crate::reconcile::ranges::Range;
 use crate::reconcile::{WantedPort, WantedService};
 use crate::resolve::ServicePortKey;
 
@@ -77,6 +79,7 @@ pub(super) fn plain(key: &ServicePortKey, vips: &[u8], hosts: &[u8]) -> WantedPo
         uses_local_set: false,
         when_empty: if hosts.is_empty() { WhenEmpty::Reject } else { WhenEmpty::Drop },
         affinity_timeout_s: None,
+        source_ranges: BTreeSet::new(),
     }
 }
 
@@ -174,10 +177,16 @@ pub(super) fn check(tables: &Memory, worlds: &[&World], adopting: bool) -> Resul
                 }
                 Connect::Reject => allowed.when_empty.contains(&WhenEmpty::Reject),
                 Connect::Drop => allowed.when_empty.contains(&WhenEmpty::Drop),
-                Connect::Untouched | Connect::SourceRanges | Connect::Contended => false,
+                Connect::SourceRanges => worlds
+                    .iter()
+                    .any(|world| world.owner(&key).is_some_and(|(value, _)| value.has_source_ranges())),
+                Connect::Untouched | Connect::Contended => false,
             };
             prop_assert!(fine, "{key:?} from {origin:?}: {decision:?}, allowed {allowed:?}");
             let Some(value) = tables.frontend(&key) else { continue };
+            if value.has_source_ranges() && !adopting {
+                check_ranges(tables, worlds, &key, value)?;
+            }
             let word = tables.set(value.service(), value.set_for(origin));
             let (reachable, stale) = reachable(tables, word);
             prop_assert!(
@@ -211,6 +220,8 @@ struct Spec {
     external_local: bool,
     external: bool,
     affinity_timeout_s: Option<u32>,
+    /// Clients that external frontends let in; empty: all.
+    ranges: BTreeSet<u8>,
     /// Host, whether new connections may reach it, whether it is on this node, whether it serves.
     endpoints: Vec<(u8, bool, bool, bool)>,
 }
@@ -221,15 +232,19 @@ fn spec() -> impl Strategy<Value = Spec> {
     (
         [flag, flag, flag],
         prop::option::weighted(0.3, prop::sample::select(vec![10, 20])),
+        prop::option::weighted(0.5, prop::collection::btree_set(0..4u8, 0..3)),
         prop::collection::vec(endpoint, 0..4),
     )
-        .prop_map(|([internal_local, external_local, external], affinity_timeout_s, endpoints)| Spec {
-            internal_local,
-            external_local,
-            external,
-            affinity_timeout_s,
-            endpoints,
-        })
+        .prop_map(
+            |([internal_local, external_local, external], affinity_timeout_s, ranges, endpoints)| Spec {
+                internal_local,
+                external_local,
+                external,
+                affinity_timeout_s,
+                ranges: ranges.unwrap_or_default(),
+                endpoints,
+            },
+        )
 }
 
 /// Any world: six service ports of three Services, and VIPs dealt out among them.
@@ -276,6 +291,36 @@ fn replace(old: &World, new: &World, service: &str) -> World {
     world
 }
 
+fn range(client: u8) -> Range {
+    (IpAddr::from([192, 0, 2, client]).into(), 128)
+}
+
+/// F: a guarded frontend lets in what one of its owners lets in: all that it lets in in all worlds, and nothing that it
+/// lets in in none of them.
+fn check_ranges(
+    tables: &Memory,
+    worlds: &[&World],
+    key: &FrontendKey,
+    value: FrontendValue,
+) -> Result<(), TestCaseError> {
+    let ranges = tables.source_ranges().unwrap();
+    let ranges = ranges.iter().filter(|(range, _)| range.service == value.service());
+    let let_in: BTreeSet<Range> = ranges.map(|(range, bits)| (range.client, *bits)).collect();
+    let mut owners = worlds.iter().filter_map(|world| world.owner(key));
+    let fits = |owner: &WantedPort| {
+        let states: Vec<_> = worlds
+            .iter()
+            .map(|world| world.0.get(&owner.key).map_or(BTreeSet::new(), |port| port.source_ranges.clone()))
+            .collect();
+        let always = states.iter().cloned().reduce(|all, one| &all & &one).unwrap_or_default();
+        let ever = states.iter().flatten().copied().collect();
+        let_in.is_superset(&always) && let_in.is_subset(&ever)
+    };
+    let fine = owners.any(|(_, owner)| fits(owner));
+    prop_assert!(fine, "{key:?} lets in {let_in:?}");
+    Ok(())
+}
+
 fn wanted(key: &ServicePortKey, spec: Spec, vips: Vec<u8>) -> WantedPort {
     let is_external = |vip: u8| vip >= 4;
     let external = spec.external || vips.iter().any(|vip| is_external(*vip));
@@ -290,8 +335,14 @@ fn wanted(key: &ServicePortKey, spec: Spec, vips: Vec<u8>) -> WantedPort {
             (true, _, true) => (FrontendKind::ExternalIp, &[Origin::Elsewhere]),
             (true, _, false) => (FrontendKind::ExternalIp, &[]),
         };
-        local.iter().fold(FrontendValue::new(0, kind), |value, origin| value.with_local_set_for(*origin))
+        let guarded = is_external(vip) && !spec.ranges.is_empty();
+        let value = FrontendValue::new(0, kind);
+        let value = if guarded { value.with_source_ranges() } else { value };
+        local.iter().fold(value, |value, origin| value.with_local_set_for(*origin))
     };
+    let guarded = vips.iter().any(|vip| is_external(*vip));
+    let ranges = spec.ranges.iter().filter(|_| guarded).map(|client| range(*client));
+    let source_ranges = ranges.collect();
     let endpoints = spec.endpoints.iter().map(|(host, usable, here, serving)| {
         let state = BackendState {
             cluster: *usable && uses_cluster_set,
@@ -309,5 +360,6 @@ fn wanted(key: &ServicePortKey, spec: Spec, vips: Vec<u8>) -> WantedPort {
         uses_local_set,
         when_empty: if any { WhenEmpty::Drop } else { WhenEmpty::Reject },
         affinity_timeout_s: spec.affinity_timeout_s,
+        source_ranges,
     }
 }
