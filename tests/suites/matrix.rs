@@ -1,0 +1,58 @@
+//! Every frontend kind × origin × place of the backend × policy, over TCP and UDP in both families, by real packets of
+//! clients that no socket hook saw: the table is printed.
+
+#![expect(clippy::unwrap_used, reason = "the helpers of tests fail as tests do")]
+
+use sheave_tests::nodes::{
+    Guard, Layout, World,
+    matrix::{self, Detection, Settings, cases, objects},
+};
+
+fn flags(settings: Settings) -> Vec<&'static str> {
+    let mut flags = Vec::new();
+    match settings.detection {
+        Detection::ClusterCidr | Detection::None => {}
+        Detection::NodeCidr => flags.extend(["--detect-local-mode", "NodeCIDR"]),
+        Detection::BridgeInterface => {
+            flags.extend(["--detect-local-mode", "BridgeInterface", "--pod-bridge-interface", "cbr0"]);
+        }
+        Detection::InterfaceNamePrefix => {
+            flags.extend(["--detect-local-mode", "InterfaceNamePrefix", "--pod-interface-name-prefix", "p2p"]);
+        }
+    }
+    if settings.masquerade_all {
+        flags.push("--masquerade-all");
+    }
+    flags
+}
+
+/// `nodes`: on which of them an agent runs.
+fn holds(layout: Layout, settings: Settings, nodes: &[usize]) {
+    let mut world = World::new(layout).unwrap();
+    world.serve().unwrap();
+    world.manifests().write("matrix", &objects(&world).unwrap()).unwrap();
+    for node in nodes {
+        world.start_agent(*node, &flags(settings)).unwrap();
+    }
+    world.settle().unwrap();
+    let table = matrix::run(&world, &cases(), settings).unwrap();
+    println!("{layout} {settings:?}, agents on {nodes:?}\n{table}");
+    assert_eq!(table.wrong(), 0, "of {}:\n{}", table.total(), table.failures());
+}
+
+#[test]
+fn over_routes() {
+    holds(Layout::default(), Settings::default(), &[0]);
+}
+
+#[test]
+fn over_vxlan_with_agents_on_both_nodes() {
+    holds(Layout { rp_filter: 2, ..Layout::overlay() }, Settings::default(), &[0, 1]);
+}
+
+#[test]
+fn past_firewalls_without_br_netfilter() {
+    let layout = Layout { guard: Guard::DropInvalid, bridge_netfilter: false, ..Layout::default() };
+    holds(layout, Settings { masquerade_all: true, ..Settings::default() }, &[0]);
+    holds(Layout { guard: Guard::OnlyReal, ..layout }, Settings::default(), &[0]);
+}
