@@ -17,7 +17,12 @@ fn flags(settings: Settings) -> Vec<&'static str> {
             flags.extend(["--detect-local-mode", "BridgeInterface", "--pod-bridge-interface", "cbr0"]);
         }
         Detection::InterfaceNamePrefix => {
-            flags.extend(["--detect-local-mode", "InterfaceNamePrefix", "--pod-interface-name-prefix", "p2p"]);
+            flags.extend([
+                "--detect-local-mode",
+                "InterfaceNamePrefix",
+                "--pod-interface-name-prefix",
+                "p2p",
+            ]);
         }
     }
     if settings.masquerade_all {

@@ -209,7 +209,7 @@ impl PacketPath {
         let wanted: Vec<(u32, Device)> = self
             .places
             .iter()
-            .filter(|(_, place)| place.role.is_hooked())
+            .filter(|(_, place)| place.role.is_known())
             .map(|(index, place)| (*index, place.device))
             .filter(|(index, device)| self.devices_written.get(index) != Some(device))
             .collect();
@@ -281,6 +281,9 @@ impl PacketPath {
             }
             let failure = match loaded.hook(*index) {
                 Ok(Some(made)) => {
+                    if self.places.get(index).is_some_and(|place| place.role == Role::Loopback) {
+                        accept_own_source();
+                    }
                     if made > 0 {
                         tracing::info!(device = name, index, "hooked");
                     }
@@ -294,8 +297,8 @@ impl PacketPath {
             };
             self.note(&format!("device {index}"), failure);
         }
-        let gone: Vec<u32> =
-            self.devices_written.keys().filter(|index| !wanted.contains_key(index)).copied().collect();
+        let is_known = |index: &&u32| self.places.get(index).is_some_and(|place| place.role.is_known());
+        let gone: Vec<u32> = self.devices_written.keys().filter(|index| !is_known(index)).copied().collect();
         for index in gone {
             let result = self.devices.remove(&index);
             self.note(&format!("DEVICES {index}"), result.as_ref().err().map(ToString::to_string));
@@ -580,5 +583,17 @@ impl Filters {
         }
         self.lingering.values_mut().for_each(|ripe| *ripe = true);
         writes
+    }
+}
+
+/// Lets the loopback device take in what has one of the node's own addresses as its source: the replies that the node's
+/// clients of its own NodePorts get. Without it those few clients get none, so failing is worth a line, not more.
+fn accept_own_source() {
+    const PATH: &str = "/proc/sys/net/ipv4/conf/lo/accept_local";
+    if std::fs::read_to_string(PATH).is_ok_and(|value| value.trim() == "1") {
+        return;
+    }
+    if let Err(error) = std::fs::write(PATH, "1") {
+        tracing::warn!(path = PATH, %error, "cannot be set to 1");
     }
 }

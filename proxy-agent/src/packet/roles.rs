@@ -3,7 +3,8 @@
 //! * Bridge ports are hooked, bridges are not: what comes in by a port is tracked by netfilter before the bridge's own
 //!   hook sees it, and replies that are switched from port to port never pass that hook.
 //! * Of a bond or team the master is hooked: addresses and routes are the master's.
-//! * `lo` is not hooked; neither are devices whose frames have no Ethernet header, which the programs do not read.
+//! * `lo` is hooked for the node's own clients of its own NodePorts.
+//! * Not hooked are devices whose frames have no Ethernet header, which the programs do not read.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -23,7 +24,7 @@ pub enum Role {
     Overlay,
     /// Of a bridge.
     BridgePort,
-    /// Not hooked: loopback.
+    /// Of the node to itself.
     Loopback,
     /// Not hooked: its ports are.
     Bridge,
@@ -50,11 +51,16 @@ impl Role {
         }
     }
 
+    /// Whether the programs may ask about the device: packets of the node itself leave by a bridge too.
+    pub const fn is_known(self) -> bool {
+        self.is_hooked() || matches!(self, Self::Bridge)
+    }
+
     /// Whether the device gets hooks.
     pub const fn is_hooked(self) -> bool {
         match self {
-            Self::Device | Self::Overlay | Self::BridgePort => true,
-            Self::Loopback | Self::Bridge | Self::BondPort | Self::Vrf | Self::NoEthernet => false,
+            Self::Device | Self::Overlay | Self::BridgePort | Self::Loopback => true,
+            Self::Bridge | Self::BondPort | Self::Vrf | Self::NoEthernet => false,
         }
     }
 }
@@ -82,7 +88,10 @@ pub fn places(
         let role = role(link, master);
         let bridge = master.filter(|_| role == Role::BridgePort);
         let source = |family| source(links, bridge.unwrap_or(link), family, *primary.get(family));
-        let flags = if is_of_local_pods(link, bridge, detect_local) { Device::LOCAL_PODS } else { 0 };
+        let mut flags = if is_of_local_pods(link, bridge, detect_local) { Device::LOCAL_PODS } else { 0 };
+        if role == Role::Loopback {
+            flags |= Device::LOOPBACK;
+        }
         let device = Device {
             v4: source(Family::V4),
             v6: source(Family::V6),

@@ -91,6 +91,8 @@ layout!(Device, size = 48, fields = Address, Address, u32, u32, [u8; 6], u16);
 impl Device {
     /// What comes in by it is from a local pod (M1, the modes that tell by interface).
     pub const LOCAL_PODS: u32 = 1;
+    /// It is the loopback device: what leaves by it comes in again.
+    pub const LOOPBACK: u32 = 2;
 }
 
 /// `SOURCE_RANGES`: LPM trie, service id + client prefix → nothing of meaning (F). Written by the agent only.

@@ -56,8 +56,7 @@ pub(crate) fn ingress(ctx: &TcContext) -> i32 {
     match answer {
         REFUSE => packet_refuse(ctx.skb.skb),
         BRIDGE => packet_bridge(ctx.skb.skb),
-        // SAFETY: any interface index is allowed, and the flag is one of the helper's.
-        COME_IN => (unsafe { bpf_redirect(redirect_to(), BPF_F_INGRESS) }) as i32,
+        COME_IN => come_in(),
         answer => answer,
     }
 }
@@ -83,8 +82,15 @@ pub(crate) fn egress(ctx: &TcContext) -> i32 {
         REFUSE => packet_refuse_own(ctx.skb.skb),
         // SAFETY: any interface index is allowed; without a next hop the routing tables tell it.
         LEAVE => (unsafe { bpf_redirect_neigh(redirect_to(), null_mut(), 0, 0) }) as i32,
+        COME_IN => come_in(),
         answer => answer,
     }
+}
+
+#[inline(always)]
+fn come_in() -> i32 {
+    // SAFETY: any interface index is allowed, and the flag is one of the helper's.
+    (unsafe { bpf_redirect(redirect_to(), BPF_F_INGRESS) }) as i32
 }
 
 #[inline(always)]

@@ -1,6 +1,7 @@
 use super::flow::{find, touch};
 use super::headers::{FIN, RST, with_ports};
 use super::nat::{Side, rewrite};
+use super::own_node::own_node_reply;
 use super::{FlowEntry, Headers, Packet, PacketTables, Verdict};
 use crate::abi::{Address, Device, Flow, FlowKey, Outcome, Port, Protocol, SnatKey};
 use crate::decide::Peer;
@@ -21,6 +22,24 @@ pub fn egress(
         return Some(Verdict::Next);
     }
     let (source, destination) = (headers.source, headers.destination);
+    // A reply that one process of this node sends to another one.
+    if tables.is_own() && tables.may_be_snat(destination.1) {
+        let key = SnatKey {
+            snat: destination.0,
+            backend: source.0,
+            snat_port: destination.1,
+            backend_port: source.1,
+            protocol: headers.protocol,
+            zero: 0,
+            zeros: 0,
+        };
+        if let Some(client) = tables.snat(&key)
+            && let Some(entry) = tables.flow(&client)
+            && entry.flow().flags & Flow::OWN_NODE != 0
+        {
+            return own_node_reply(packet, tables, headers, &client, &entry);
+        }
+    }
     if tables.may_be_flow(&destination.0, destination.1) {
         let key = FlowKey::new(destination.0, destination.1, headers.protocol);
         let known = find(tables, &key, |flow| flow.backend == source.0 && flow.backend_port == source.1);
@@ -41,7 +60,9 @@ pub fn egress(
             let flow = entry.flow();
             let mut to = (flow.snat, flow.snat_port);
             if flow.snat_port == Port::new(0) {
-                let Some(claimed) = claim(tables, tables.device(), headers, &key, destination) else {
+                let Some(claimed) =
+                    claim(tables, source_by(tables.device(), headers.v6), headers, &key, destination)
+                else {
                     tables.count(Outcome::PacketNoSourcePort);
                     return Some(Verdict::Drop);
                 };
@@ -83,18 +104,31 @@ pub(super) fn answered<T: PacketTables>(tables: &T, headers: &Headers, key: &Flo
     touch(entry, tables.now_ns());
 }
 
+/// The source that packets get which leave by a device (M7); unset: none.
+#[inline(always)]
+pub(super) fn source_by(device: Option<Device>, v6: bool) -> Address {
+    match device {
+        Some(device) => {
+            if v6 {
+                device.v6
+            } else {
+                device.v4
+            }
+        }
+        None => Address::default(),
+    }
+}
+
 /// A source for a connection that nobody else with this backend has (M7).
 #[inline(always)]
 pub(super) fn claim(
     tables: &impl PacketTables,
-    device: Option<Device>,
+    snat: Address,
     headers: &Headers,
     client: &FlowKey,
     backend: Peer,
 ) -> Option<Peer> {
     let settings = tables.settings()?;
-    let device = device?;
-    let snat = if headers.v6 { device.v6 } else { device.v4 };
     if snat == Address::default() {
         return None;
     }

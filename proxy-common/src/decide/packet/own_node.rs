@@ -3,11 +3,11 @@
 //! Their packets meet no hook at ingress, so both sides are replaced where they leave: the VIP by the backend, and the
 //! source, so that the reply finds its way back here. A reply is handed to the device by which the process sent.
 
-use super::egress::{answered, claim};
+use super::egress::{answered, claim, source_by};
 use super::ingress::{begins, find_dialled, follow, is_over, other, remember};
 use super::nat::{Side, rewrite};
 use super::{FlowEntry, Headers, Packet, PacketTables, Route, Verdict};
-use crate::abi::{Flow, FlowKey, Outcome, Port};
+use crate::abi::{Device, Flow, FlowKey, Outcome, Port};
 
 /// A packet that leaves for what may be a VIP. [`Verdict::Begin`] asks for a decision as at ingress, and then for
 /// [`begin_own`] or [`stay_own`].
@@ -58,16 +58,28 @@ fn leave<T: PacketTables>(
     entry: &T::Entry,
 ) -> Option<Verdict> {
     let backend = (entry.flow().backend, entry.flow().backend_port);
-    let device = match tables.route(&backend.0, headers.v6) {
-        Route::Device(device) => device,
-        Route::Local | Route::None => {
+    let here = tables.device();
+    let (snat, verdict) = match tables.route(&backend.0, headers.v6) {
+        Route::Device(device) => (source_by(tables.other_device(device), headers.v6), Verdict::Leave(device)),
+        Route::Local => {
+            if let Some(here) = here
+                && here.flags & Device::LOOPBACK != 0
+            {
+                // It comes in again just so, and the reply passes here.
+                rewrite(packet, headers, Side::Destination, backend)?;
+                return Some(Verdict::Next);
+            }
+            // Coming in, a source of this node's own would be taken for a forgery.
+            (entry.flow().vip, Verdict::ComeIn(tables.device_index()))
+        }
+        Route::None => {
             tables.count(Outcome::PacketNoRoute);
             return Some(Verdict::Drop);
         }
     };
     let mut source = (entry.flow().snat, entry.flow().snat_port);
     if source.1 == Port::new(0) {
-        let Some(claimed) = claim(tables, tables.other_device(device), headers, key, backend) else {
+        let Some(claimed) = claim(tables, snat, headers, key, backend) else {
             tables.count(Outcome::PacketNoSourcePort);
             return Some(Verdict::Drop);
         };
@@ -77,7 +89,21 @@ fn leave<T: PacketTables>(
     }
     rewrite(packet, headers, Side::Source, source)?;
     rewrite(packet, headers, Side::Destination, backend)?;
-    Some(Verdict::Leave(device))
+    if let Verdict::ComeIn(_) = verdict {
+        address_to(packet, here)?;
+    }
+    Some(verdict)
+}
+
+/// A device takes only what is addressed to it.
+#[inline(always)]
+fn address_to(packet: &mut impl Packet, device: Option<Device>) -> Option<()> {
+    let mac = match device {
+        Some(device) => device.mac,
+        None => return None,
+    };
+    packet.store16(0, u16::from_ne_bytes([mac[0], mac[1]]))?;
+    packet.store32(2, u32::from_ne_bytes([mac[2], mac[3], mac[4], mac[5]]))
 }
 
 /// What a backend sends back to such a process.
@@ -94,10 +120,6 @@ pub(super) fn own_node_reply<T: PacketTables>(
     answered(tables, headers, client, entry);
     rewrite(packet, headers, Side::Destination, (client.client, client.port))?;
     rewrite(packet, headers, Side::Source, vip)?;
-    let Some(device) = tables.other_device(index) else { return Some(Verdict::Next) };
-    // The device takes only what is addressed to it.
-    let mac = device.mac;
-    packet.store16(0, u16::from_ne_bytes([mac[0], mac[1]]))?;
-    packet.store32(2, u32::from_ne_bytes([mac[2], mac[3], mac[4], mac[5]]))?;
+    address_to(packet, tables.other_device(index))?;
     Some(Verdict::ComeIn(index))
 }
