@@ -3,13 +3,15 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
-use proxy_common::abi::ServiceId;
+use proxy_common::abi::{Flow, FlowKey, ServiceId};
+use serde::Serialize;
 
 use super::options::LiveArgs;
 use super::print;
 use crate::control::Request;
 use crate::dataplane::bpf::Kernel;
 use crate::dump;
+use crate::packet::flows::{self, FlowView, Flows};
 use crate::view::table::table;
 
 #[derive(Args, Debug)]
@@ -26,6 +28,8 @@ enum What {
     Services,
     /// Every backend with its sets.
     Backends,
+    /// Every connection of the packet path.
+    Flows,
 }
 
 impl GetArgs {
@@ -50,8 +54,44 @@ impl GetArgs {
                 let rows = dump::backends(&kernel, &names).context("read the tables")?;
                 print(&rows, backends(&rows), self.live.output)
             }
+            What::Flows => {
+                let entries = Flows::open(&pins).context("open the tables of connections")?.entries();
+                let now_ns = flows::now_ns();
+                let view = |(key, flow): (&FlowKey, &Flow)| FlowRow {
+                    service: names.get(&flow.service).cloned(),
+                    flow: FlowView::new(key, flow, now_ns),
+                };
+                let rows: Vec<FlowRow> =
+                    entries.context("read the tables of connections")?.iter().map(view).collect();
+                print(&rows, flow_table(&rows), self.live.output)
+            }
         }
     }
+}
+
+/// A connection with the name of its service port, if an agent was there to tell.
+#[derive(Serialize)]
+struct FlowRow {
+    #[serde(flatten)]
+    flow: FlowView,
+    service: Option<String>,
+}
+
+fn flow_table(rows: &[FlowRow]) -> String {
+    let row = |FlowRow { flow, service }: &FlowRow| {
+        vec![
+            flow.client.to_string(),
+            flow.protocol.clone(),
+            flow.vip.to_string(),
+            flow.backend.to_string(),
+            flow.snat.map_or_else(|| "-".to_owned(), |snat| snat.to_string()),
+            flow.state.name().to_owned(),
+            format!("{}s", flow.idle_seconds),
+            service.clone().unwrap_or_else(|| format!("record {}", flow.service_id)),
+        ]
+    };
+    let rows: Vec<_> = rows.iter().map(row).collect();
+    table(0, &["CLIENT", "PROTOCOL", "VIP", "BACKEND", "SNAT", "STATE", "IDLE", "SERVICE"], &rows)
 }
 
 fn services(records: &[dump::Record]) -> String {

@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 use super::options::LiveArgs;
 use super::print;
 use crate::control::Request;
-use crate::kernel::programs;
+use crate::kernel::{devices, programs};
+use crate::packet::flows::Flows;
 use crate::view::table::table;
 
 #[derive(Args, Debug)]
@@ -25,6 +26,9 @@ impl StatusArgs {
         let links: BTreeMap<&str, Option<u64>> = programs::links(&pins).into_iter().collect();
         let counters: BTreeMap<&str, u64> =
             programs::counters(&pins).unwrap_or_default().into_iter().collect();
+        let hooked = devices::hooked(&pins).unwrap_or_default();
+        let hooked: Vec<u32> = hooked.into_iter().filter(|(_, both)| *both).map(|(index, _)| index).collect();
+        let flows = Flows::open(&pins).ok().and_then(|flows| flows.counts().ok());
         let answer = self.live.ask(&Request::Status)?;
         let (mut document, error) = match answer {
             Ok(document) => (document, None),
@@ -35,11 +39,50 @@ impl StatusArgs {
             fields.insert("agent_error".to_owned(), json!(error));
             fields.insert("programs_attached".to_owned(), json!(links));
             fields.insert("counters".to_owned(), json!(counters));
+            fields.insert("devices_hooked".to_owned(), json!(hooked));
+            fields.insert("flows".to_owned(), json!(flows));
         }
         let text = text(&document, links.len());
         let printed = print(&document, text, self.live.output)?;
         Ok(if error.is_none() { printed } else { ExitCode::FAILURE })
     }
+}
+
+/// Devices, and what could not be done on them.
+fn packet_path(packets: Option<&Value>) -> String {
+    let mut text = String::new();
+    let Some(packets) = packets.filter(|packets| packets.is_object()) else { return text };
+    if let Some(devices) = packets.get("devices").and_then(Value::as_array) {
+        let cell = |device: &Value, name: &str| match device.get(name) {
+            Some(Value::String(value)) => value.clone(),
+            Some(Value::Bool(value)) => if *value { "yes" } else { "no" }.to_owned(),
+            Some(Value::Array(values)) => {
+                values.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(",")
+            }
+            Some(value) => value.to_string(),
+            None => "-".to_owned(),
+        };
+        let rows: Vec<_> = devices
+            .iter()
+            .map(|device| {
+                ["index", "name", "hooked", "role", "sources"].map(|name| cell(device, name)).to_vec()
+            })
+            .collect();
+        // Writing to a string cannot fail.
+        let _ = write!(
+            text,
+            "\ndevices:\n{}",
+            table(2, &["INDEX", "NAME", "HOOKED", "ROLE", "REPLACED SOURCES"], &rows)
+        );
+    }
+    if let Some(failed) = packets.get("failed").and_then(Value::as_object).filter(|failed| !failed.is_empty())
+    {
+        let _ = writeln!(text, "\nof the packet path, being tried again:");
+        for (what, error) in failed {
+            let _ = writeln!(text, "  {what}: {}", error.as_str().unwrap_or("?"));
+        }
+    }
+    text
 }
 
 fn text(document: &Value, attached: usize) -> String {
@@ -79,6 +122,27 @@ fn text(document: &Value, attached: usize) -> String {
         );
     }
     line("programs", format!("{attached} of {} attached", programs::PROGRAMS.len()));
+    let hooked = document.get("devices_hooked").and_then(Value::as_array).map_or(0, Vec::len);
+    line(
+        "packets",
+        if hooked == 0 { "hooked on no device".to_owned() } else { format!("hooked on {hooked} devices") },
+    );
+    if let Some(flows) = document.get("flows").filter(|flows| flows.is_object()) {
+        let count = |name: &str| flows.get(name).map_or_else(|| "?".to_owned(), Value::to_string);
+        line(
+            "flows",
+            format!(
+                "{} of {}, {} of {} not answered yet, {} of {} with a replaced source",
+                count("flows"),
+                count("flows_limit"),
+                count("young_flows"),
+                count("young_flows_limit"),
+                count("snat"),
+                count("snat_limit"),
+            ),
+        );
+    }
+    text.push_str(&packet_path(document.get("packet_path")));
     if let Some(failed) =
         document.get("failed").and_then(Value::as_object).filter(|failed| !failed.is_empty())
     {

@@ -92,7 +92,7 @@ impl Verdict {
     }
 }
 
-/// What serves this client on this build.
+/// What serves this client on this node.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 pub enum Path {
     /// The socket hooks.
@@ -101,7 +101,7 @@ pub enum Path {
     /// Programs on devices.
     #[serde(rename = "packet")]
     Packet,
-    /// Nothing: the path that would is not built.
+    /// Nothing: the path that would is switched off.
     #[serde(rename = "none yet")]
     NoneYet,
 }
@@ -439,12 +439,14 @@ impl<'a> Question<'a> {
         Some(found.key.to_string())
     }
 
-    /// Which path gives the verdict on this build, and why.
+    /// Which path gives the verdict on this node, and why.
     fn path(&self, decision: &Decision, found: bool, guarded: bool) -> (Path, String) {
         let because = |why: &str| {
-            let reason =
-                format!("left to the packet path, which this build does not have yet, because {why}");
-            (Path::NoneYet, reason)
+            if self.model.context().policy.no_packet_path {
+                (Path::NoneYet, format!("left to the packet path, which is switched off, because {why}"))
+            } else {
+                (Path::Packet, format!("left to the packet path, because {why}"))
+            }
         };
         match self.origin {
             Origin::Node | Origin::Pod => {}

@@ -123,7 +123,7 @@ fn z1_nothing_anywhere_is_refused() {
         for to in EXTERNAL.into_iter().chain([CLUSTER_IP]) {
             assert_eq!(short(&model, POD, to), "reject, socket");
             assert_eq!(short(&model, NODE, to), "reject, socket");
-            assert_eq!(short(&model, OUTSIDE, to), "reject, none yet");
+            assert_eq!(short(&model, OUTSIDE, to), "reject, packet");
             let answer = ask(&model, POD, to);
             assert!(answer.reason.contains("(Z1)"), "{}", answer.reason);
             assert!(answer.service.is_some() && answer.frontend.is_some() && answer.set.is_some());
@@ -135,7 +135,7 @@ fn z1_nothing_anywhere_is_refused() {
 fn z2_z3_policy_without_local_endpoints_drops() {
     let model = model_of(Service { internal_local: true, ..full() }, vec![elsewhere()]);
     for from in [POD, NODE, OUTSIDE] {
-        assert_eq!(short(&model, from, CLUSTER_IP), "drop, none yet");
+        assert_eq!(short(&model, from, CLUSTER_IP), "drop, packet");
         assert!(ask(&model, from, CLUSTER_IP).reason.contains("(Z2)"));
         for to in EXTERNAL {
             assert!(short(&model, from, to).starts_with("forward"));
@@ -143,7 +143,7 @@ fn z2_z3_policy_without_local_endpoints_drops() {
     }
     let model = model_of(Service { external_local: true, ..full() }, vec![elsewhere()]);
     for to in EXTERNAL {
-        assert_eq!(short(&model, OUTSIDE, to), "drop, none yet");
+        assert_eq!(short(&model, OUTSIDE, to), "drop, packet");
         assert!(ask(&model, OUTSIDE, to).reason.contains("(Z3)"));
         assert_eq!(short(&model, POD, to), "forward, socket");
         assert_eq!(short(&model, NODE, to), "forward, socket");
@@ -170,10 +170,10 @@ fn z6_cluster_ips_and_the_service_range() {
     for from in [POD, NODE, OUTSIDE] {
         for to in ["10.96.0.7:81/TCP", "10.96.0.7:80/UDP", "10.96.0.7:80/SCTP"] {
             let answer = ask(&model, from, to);
-            assert_eq!(short(&model, from, to), "reject, none yet");
+            assert_eq!(short(&model, from, to), "reject, packet");
             assert_eq!((answer.service, answer.frontend, answer.set), (None, None, None));
         }
-        assert_eq!(short(&model, from, "10.96.9.9:80/TCP"), "drop, none yet");
+        assert_eq!(short(&model, from, "10.96.9.9:80/TCP"), "drop, packet");
     }
     // X4: only cluster IPs, not other addresses of a Service.
     assert_eq!(short(&model, POD, "203.0.113.1:81/TCP"), "untouched, socket");
@@ -184,8 +184,8 @@ fn z6_cluster_ips_and_the_service_range() {
     let mut model = model_with(policy, vec![full()], vec![spread()]);
     model.apply(crate::object::Change::OwnAddresses(ips(&[NODE, "10.96.0.7", "10.96.9.9"])));
     assert_eq!(short(&model, POD, "10.96.0.7:81/TCP"), "untouched, socket");
-    assert_eq!(short(&model, OUTSIDE, "10.96.9.9:81/TCP"), "untouched, none yet");
-    assert_eq!(short(&model, NODE, "10.96.0.7:81/TCP"), "reject, none yet");
+    assert_eq!(short(&model, OUTSIDE, "10.96.9.9:81/TCP"), "untouched, packet");
+    assert_eq!(short(&model, NODE, "10.96.0.7:81/TCP"), "reject, packet");
 }
 
 #[test]
@@ -219,9 +219,9 @@ fn f1_f2_f3_source_ranges_guard_the_lb_ip_before_all_else() {
     for slices in [vec![spread()], Vec::new()] {
         let served = if slices.is_empty() { "reject" } else { "forward" };
         let model = model_of(guarded.clone(), slices);
-        assert_eq!(short(&model, OUTSIDE, LOAD_BALANCER), format!("{served}, none yet"));
+        assert_eq!(short(&model, OUTSIDE, LOAD_BALANCER), format!("{served}, packet"));
         for from in [POD, NODE, "203.0.113.99"] {
-            assert_eq!(short(&model, from, LOAD_BALANCER), "drop, none yet");
+            assert_eq!(short(&model, from, LOAD_BALANCER), "drop, packet");
             assert!(ask(&model, from, LOAD_BALANCER).reason.contains("(F2)"));
         }
         for to in [CLUSTER_IP, EXTERNAL[0], EXTERNAL[1]] {
@@ -229,16 +229,17 @@ fn f1_f2_f3_source_ranges_guard_the_lb_ip_before_all_else() {
         }
     }
     let model = model_of(Service { source_ranges: vec![net("10.244.1.0/24")], ..full() }, vec![spread()]);
-    assert_eq!(short(&model, POD, LOAD_BALANCER), "forward, none yet");
-    assert!(ask(&model, POD, LOAD_BALANCER).reason.ends_with(
-        "left to the packet path, which this build does not have yet, \
-         because source ranges need the client's address (F3)"
-    ));
+    assert_eq!(short(&model, POD, LOAD_BALANCER), "forward, packet");
+    assert!(
+        ask(&model, POD, LOAD_BALANCER)
+            .reason
+            .ends_with("left to the packet path, because source ranges need the client's address (F3)")
+    );
 }
 
 #[test]
 fn f4_the_vip_itself_as_source() {
-    for (range, verdict) in [("192.0.2.1/32", "forward, none yet"), ("198.51.100.0/24", "drop, none yet")] {
+    for (range, verdict) in [("192.0.2.1/32", "forward, packet"), ("198.51.100.0/24", "drop, packet")] {
         let model = model_of(Service { source_ranges: vec![net(range)], ..full() }, vec![spread()]);
         assert_eq!(short(&model, "203.0.113.2", LOAD_BALANCER), verdict);
     }
@@ -328,7 +329,7 @@ fn paths_that_the_socket_hooks_leave_alone() {
     ];
     let empty = model_of(service.clone(), Vec::new());
     // B13.
-    assert_eq!(short(&empty, POD, "10.96.0.7:53/UDP"), "reject, none yet");
+    assert_eq!(short(&empty, POD, "10.96.0.7:53/UDP"), "reject, packet");
     let dns = Slice {
         ports: vec![
             crate::object::SlicePort { protocol: Protocol::Udp, ..slice_port("dns", 53) },
@@ -339,8 +340,18 @@ fn paths_that_the_socket_hooks_leave_alone() {
     let model = model_of(service, vec![dns]);
     assert_eq!(short(&model, POD, "10.96.0.7:53/UDP"), "forward, socket");
     // T2.
-    assert_eq!(short(&model, POD, "10.96.0.7:99/SCTP"), "forward, none yet");
-    assert_eq!(short(&model, OUTSIDE, "10.96.0.7:53/UDP"), "forward, none yet");
+    assert_eq!(short(&model, POD, "10.96.0.7:99/SCTP"), "forward, packet");
+    assert_eq!(short(&model, OUTSIDE, "10.96.0.7:53/UDP"), "forward, packet");
+}
+
+/// The verdict is the rules' all the same.
+#[test]
+fn without_the_packet_path_nothing_serves_what_is_left_to_it() {
+    let policy = Policy { no_packet_path: true, ..Policy::default() };
+    let model = model_with(policy, vec![full()], vec![spread()]);
+    assert_eq!(short(&model, OUTSIDE, CLUSTER_IP), "forward, none yet");
+    assert_eq!(short(&model, POD, CLUSTER_IP), "forward, socket");
+    assert!(ask(&model, OUTSIDE, CLUSTER_IP).reason.contains("which is switched off, because no socket"));
 }
 
 #[test]
@@ -387,10 +398,10 @@ service   ns/svc:http/TCP
 kind      LoadBalancer
 origin    external
 set       local
-path      none yet
+path      packet
 why       LoadBalancer of ns/svc:http/TCP: a client elsewhere is served from the local set, as externalTrafficPolicy is Local (P10)
           a packet keeps its source (M4)
-          left to the packet path, which this build does not have yet, because no socket of this node makes the packets (B6)
+          left to the packet path, because no socket of this node makes the packets (B6)
 
 ENDPOINT         SOURCE OF PACKETS
 10.244.1.5:9376  kept
