@@ -64,6 +64,8 @@ pub struct PacketPath {
     places: BTreeMap<u32, Place>,
     /// Devices that the programs in use are on.
     hooked: BTreeSet<u32>,
+    /// Devices that may have a pin: those, and where hooking failed or came too late.
+    pinned: BTreeSet<u32>,
     /// Whether the hooks that a former run left were looked through.
     adopted: bool,
     /// What could not be done, and why. It is tried again.
@@ -120,6 +122,7 @@ impl PacketPath {
             hooks_due: true,
             places: BTreeMap::new(),
             hooked: BTreeSet::new(),
+            pinned: BTreeSet::new(),
             adopted: false,
             failed: BTreeMap::new(),
             retry: None,
@@ -267,6 +270,7 @@ impl PacketPath {
                 Ok(()) => {
                     writes += 1;
                     self.hooked.remove(&index);
+                    self.pinned.remove(&index);
                     self.note(&format!("device {index}"), None);
                 }
                 Err(error) => self.note(&format!("device {index}"), Some(with_causes(&error))),
@@ -279,6 +283,7 @@ impl PacketPath {
             if self.hooked.contains(index) {
                 continue;
             }
+            self.pinned.insert(*index);
             let failure = match loaded.hook(*index) {
                 Ok(Some(made)) => {
                     if self.places.get(index).is_some_and(|place| place.role == Role::Loopback) {
@@ -312,18 +317,16 @@ impl PacketPath {
 
     /// Hooks on devices that should have none, or that are gone. The first time, those that a former run left too.
     fn misplaced(&mut self, wanted: &BTreeMap<u32, String>) -> Vec<u32> {
-        let mut on: BTreeSet<u32> = self.hooked.clone();
         if !self.adopted {
             match devices::hooked(&self.pins) {
                 Ok(pinned) => {
-                    on.extend(pinned.keys());
+                    self.pinned.extend(pinned.keys());
                     self.adopted = true;
                 }
                 Err(error) => self.note("links", Some(with_causes(&error))),
             }
         }
-        on.retain(|index| !wanted.contains_key(index));
-        on.into_iter().collect()
+        self.pinned.iter().filter(|index| !wanted.contains_key(index)).copied().collect()
     }
 
     /// Puts the programs of another generation on every hooked device.
