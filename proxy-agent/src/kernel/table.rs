@@ -81,9 +81,9 @@ impl<K: Pod + Default, V: Pod + Default> Table<K, V> {
     /// # Errors
     /// If the kernel refuses.
     pub fn remove(&mut self, key: &K) -> io::Result<()> {
-        match self.map.remove(key) {
-            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
-            Err(error) => Err(io_error(error)),
+        match self.map.remove(key).map_err(io_error) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            Ok(()) | Err(_) => Ok(()),
         }
     }
 }
