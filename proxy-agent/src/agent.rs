@@ -59,6 +59,8 @@ pub struct Agent {
     /// Services whose last programming failed.
     failed: BTreeMap<ObjectKey, String>,
     retry: Option<(Instant, Duration)>,
+    /// When leftovers are looked at next. A moment, not a wait: events that come more often must not put it off for ever.
+    rest_at: Option<Instant>,
     told: Told,
     status: Status,
 }
@@ -101,6 +103,7 @@ impl Agent {
             started: Instant::now(),
             failed: BTreeMap::new(),
             retry: None,
+            rest_at: None,
             told: Told::default(),
         })
     }
@@ -152,17 +155,25 @@ impl Agent {
     }
 
     /// Time until something must be done without any event.
-    fn wake(&self) -> Duration {
-        let retry = self.retry.map(|(at, _)| at.saturating_duration_since(Instant::now()));
-        let rest = self.reconciler.has_leftovers().then(|| Duration::from_millis(REST_MS));
+    fn wake(&mut self) -> Duration {
+        let now = Instant::now();
+        if self.reconciler.has_leftovers() {
+            self.rest_at.get_or_insert(now + Duration::from_millis(REST_MS));
+        } else {
+            self.rest_at = None;
+        }
+        let retry = self.retry.map(|(at, _)| at);
         let packets = self.packets.as_ref().and_then(PacketPath::retry);
-        let packets = packets.map(|at| at.saturating_duration_since(Instant::now()));
-        retry.into_iter().chain(rest).chain(packets).min().unwrap_or(Duration::MAX)
+        let next = retry.into_iter().chain(self.rest_at).chain(packets).min();
+        next.map_or(Duration::MAX, |at| at.saturating_duration_since(now))
     }
 
     fn tick(&mut self) -> Result<(), kernel::Error> {
         let now_ms = self.now_ms();
-        self.status.writes += self.reconciler.rest(&mut self.kernel, now_ms);
+        if self.rest_at.is_some_and(|at| at <= Instant::now()) {
+            self.rest_at = None;
+            self.status.writes += self.reconciler.rest(&mut self.kernel, now_ms);
+        }
         let packets = self.packets.as_ref().and_then(PacketPath::retry);
         if self.retry.map(|(at, _)| at).into_iter().chain(packets).any(|at| at <= Instant::now()) {
             self.sync()?;
