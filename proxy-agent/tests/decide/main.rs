@@ -2,17 +2,18 @@
 //!
 //! | what | value |
 //! |---|---|
-//! | VIP n | 10.96.0.n:80, in front of service record n unless a test says otherwise |
-//! | backend n | 10.244.0.n:8080, place n in `BACKENDS` |
+//! | VIP n | 10.96.0.n:80 or \[fd00:96::n\]:80, in front of service record n unless a test says otherwise |
+//! | backend n | 10.244.0.n:8080 or \[fd00:244::n\]:8080, place n in `BACKENDS` |
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "the helpers of tests fail as tests do")]
 
 mod affinity;
 mod connect;
 mod datagram;
+mod packet;
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use proxy_agent::dataplane::memory::Memory;
 use proxy_agent::dataplane::{Dataplane, RecordWord, Write};
@@ -29,6 +30,11 @@ struct Lab {
     tables: Memory,
     next_slot: u32,
     states: BTreeMap<BackendId, BackendState>,
+    /// All addresses are of this family.
+    v6: bool,
+    backend_port: u16,
+    /// Of the frontends.
+    protocols: Vec<Protocol>,
 }
 
 fn vip(number: u8) -> Peer {
@@ -46,7 +52,32 @@ fn id(backend: u32) -> BackendId {
 
 impl Lab {
     fn new() -> Self {
-        Self { tables: Memory::default(), next_slot: 0, states: BTreeMap::new() }
+        Self {
+            tables: Memory::default(),
+            next_slot: 0,
+            states: BTreeMap::new(),
+            v6: false,
+            backend_port: 8080,
+            protocols: vec![Protocol::Tcp, Protocol::Udp],
+        }
+    }
+
+    fn vip(&self, number: u8) -> Peer {
+        if self.v6 {
+            (IpAddr::from(Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, number.into())).into(), Port::new(80))
+        } else {
+            vip(number)
+        }
+    }
+
+    fn at(&self, backend: u32) -> Peer {
+        let port = Port::new(self.backend_port);
+        if self.v6 {
+            let low = u16::try_from(backend).unwrap();
+            (IpAddr::from(Ipv6Addr::new(0xfd00, 0x244, 0, 0, 0, 0, 0, low)).into(), port)
+        } else {
+            (at(backend).0, port)
+        }
     }
 
     fn write(&mut self, write: Write) {
@@ -54,8 +85,8 @@ impl Lab {
     }
 
     fn frontend(&mut self, number: u8, value: FrontendValue) {
-        let (address, port) = vip(number);
-        for protocol in [Protocol::Tcp, Protocol::Udp] {
+        let (address, port) = self.vip(number);
+        for protocol in self.protocols.clone() {
             let key = FrontendKey::new(address, port, protocol.number());
             self.write(Write::Frontend { key, value });
         }
@@ -106,7 +137,7 @@ impl Lab {
 
     fn state(&mut self, id: BackendId, state: BackendState) {
         self.states.insert(id, state);
-        let (address, port) = at(id.index());
+        let (address, port) = self.at(id.index());
         let value = Backend::new(address, port, state, id.generation());
         self.write(Write::Backend { index: id.index(), value });
     }

@@ -44,9 +44,10 @@ pub fn egress(
         let key = FlowKey::new(destination.0, destination.1, headers.protocol);
         let known = find(tables, &key, |flow| flow.backend == source.0 && flow.backend_port == source.1);
         if let Some((key, entry)) = known {
-            let flow = entry.flow();
+            // Read before the flow moves: its old place may be somebody else's at once.
+            let vip = (entry.flow().vip, entry.flow().vip_port);
             answered(tables, headers, &key, &entry);
-            rewrite(packet, headers, Side::Source, (flow.vip, flow.vip_port))?;
+            rewrite(packet, headers, Side::Source, vip)?;
             tables.count(Outcome::PacketReplied);
             return Some(Verdict::Next);
         }
