@@ -91,7 +91,7 @@ fn extensions(count: usize) -> Vec<(u8, Vec<u8>)> {
 fn ipv6_extension_headers() {
     let node = Node::new(true);
     let (pod, vip, backend) = (node.pod(40_000), node.vip(1), node.backend(1));
-    for count in 0..=5 {
+    for count in 0..=6 {
         let with = |build: &mut Build| build.extensions = extensions(count);
         for carries in [tcp(SYN), Carries::Udp] {
             let request = build(carries.clone(), pod, vip).with(with);
@@ -106,7 +106,7 @@ fn ipv6_extension_headers() {
 fn ipv6_extension_headers_without_end() {
     let node = Node::new(true);
     let request = build(tcp(SYN), node.pod(40_000), node.vip(1));
-    node.leaves_alone(&request.clone().with(|build| build.extensions = extensions(6)));
+    node.leaves_alone(&request.clone().with(|build| build.extensions = extensions(7)));
     let long = [vec![59], vec![0; 478]].concat();
     node.leaves_alone(&request.clone().with(|build| build.extensions = vec![(60, long)]));
     let chain = request.with(|build| build.extensions = extensions(5)).frame();

@@ -111,7 +111,8 @@ fn parse_v6(packet: &impl Packet, l3: u32) -> Option<Headers> {
         source: (v6_address(packet, l3 + 8)?, Port::new(0)),
         destination: (v6_address(packet, l3 + 24)?, Port::new(0)),
     };
-    for _ in 0..MAX_EXTENSIONS {
+    // Once more, to see what comes after the last.
+    for _ in 0..=MAX_EXTENSIONS {
         match headers.protocol {
             // Hop-by-hop options, routing, destination options.
             0 | 43 | 60 => {
