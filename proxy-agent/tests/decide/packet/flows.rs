@@ -91,6 +91,26 @@ fn a_port_that_is_used_again_is_a_new_connection() {
     });
 }
 
+/// Z1, F2: a new connection is decided as one, whatever its port was used for before.
+#[test]
+fn a_port_that_is_used_again_is_refused_as_others_are() {
+    both(|v6| {
+        let mut node = Node::new(v6);
+        let (pod, vip, old) = (node.pod(40_000), node.vip(1), node.backend(1));
+        node.passes(&syn(pod, vip).frame());
+        node.passes(&build(tcp(RST | ACK), old, pod).frame());
+        node.maps.lab.set(1, WhichSet::Cluster, &[], WhenEmpty::Reject);
+        assert_eq!(node.fate(&syn(pod, vip)), After::Answer, "Z1");
+        assert_eq!(node.reaches(&build(tcp(ACK), pod, vip)), old, "Z8: it may still be on its way");
+        node.maps.lab.set(1, WhichSet::Cluster, &[], WhenEmpty::Drop);
+        assert_eq!(node.fate(&syn(pod, vip)), After::Drop, "Z2");
+        node.maps.lab.plain(1, &[2]);
+        let guarded = FrontendValue::new(1, FrontendKind::LoadBalancer).with_source_ranges();
+        node.maps.lab.frontend(1, guarded);
+        assert_eq!(node.fate(&syn(pod, vip)), After::Drop, "F2");
+    });
+}
+
 /// A backend that is gone answers no SYN; a new tenant of its place is somebody else.
 #[test]
 fn a_syn_to_a_backend_that_is_gone_chooses_anew() {
@@ -165,6 +185,28 @@ fn c3_a_refused_datagram_leaves_nothing_behind() {
         assert_eq!(node.fate(&datagram), After::Answer);
         node.maps.lab.set(2, WhichSet::Cluster, &[2], WhenEmpty::Reject);
         assert_eq!(node.reaches(&datagram), node.backend(2));
+    });
+}
+
+/// T3, C7: no clean-up for SCTP, and none for a Service that is gone.
+#[test]
+fn t3_c7_flows_that_nobody_cleans() {
+    each(|v6, carries| {
+        let mut node = Node::of(v6, &carries);
+        let (pod, vip) = (node.pod(40_000), node.vip(1));
+        let request = build(carries.clone(), pod, vip);
+        assert_eq!(node.reaches(&request), node.backend(1));
+        node.maps.lab.set(1, WhichSet::Cluster, &[], WhenEmpty::Reject);
+        node.maps.lab.vacate(id(1));
+        let (address, port) = node.maps.lab.vip(1);
+        let key = proxy_common::abi::FrontendKey::new(address, port, request.protocol());
+        node.maps.lab.write(proxy_agent::dataplane::Write::RemoveFrontend { key });
+        if let Carries::Tcp { .. } = carries {
+            assert_eq!(node.reaches(&build(tcp(ACK), pod, vip)), node.backend(1));
+            assert_eq!(node.fate(&request), After::Answer, "a new connection: Z6");
+        } else {
+            assert_eq!(node.reaches(&request), node.backend(1));
+        }
     });
 }
 

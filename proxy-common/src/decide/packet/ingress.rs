@@ -72,7 +72,8 @@ pub fn begin(
     forward(packet, headers, flow)
 }
 
-/// One that [`decide`] sends to nobody: a flow without anybody better stays as it is (C3, C7).
+/// One that [`decide`] sends to nobody: a datagram flow without anybody better stays as it is (C3, C7). A SYN that
+/// comes here begins a connection, whatever its port was used for before: that is refused or dropped as any (Z, F2).
 #[inline(always)]
 pub fn stay(
     packet: &mut impl Packet,
@@ -80,7 +81,7 @@ pub fn stay(
     headers: &Headers,
     otherwise: Verdict,
 ) -> Option<Verdict> {
-    let Some((_, entry)) = find_dialled(tables, headers) else { return Some(otherwise) };
+    let Some((_, entry)) = find_staying(tables, headers) else { return Some(otherwise) };
     follow(tables, headers, &entry);
     forward(packet, headers, entry.flow())
 }
@@ -97,6 +98,12 @@ pub(super) fn find_dialled<T: PacketTables>(tables: &T, headers: &Headers) -> Op
     let key = FlowKey::new(headers.source.0, headers.source.1, headers.protocol);
     let vip = headers.destination;
     find(tables, &key, |flow| flow.vip == vip.0 && flow.vip_port == vip.1)
+}
+
+/// The flow that stays although nobody serves it.
+#[inline(always)]
+pub(super) fn find_staying<T: PacketTables>(tables: &T, headers: &Headers) -> Option<(FlowKey, T::Entry)> {
+    if headers.protocol == Protocol::Tcp.number() { None } else { find_dialled(tables, headers) }
 }
 
 /// Stores a flow, in the place of the one that it replaces.

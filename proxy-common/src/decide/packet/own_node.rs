@@ -4,7 +4,7 @@
 //! source, so that the reply finds its way back here. A reply is handed to the device by which the process sent.
 
 use super::egress::{answered, claim, source_by};
-use super::ingress::{begins, find_dialled, follow, is_over, other, remember};
+use super::ingress::{begins, find_dialled, find_staying, follow, is_over, other, remember};
 use super::nat::{Side, rewrite};
 use super::{FlowEntry, Headers, Packet, PacketTables, Route, Verdict};
 use crate::abi::{Device, Flow, FlowKey, Outcome, Port};
@@ -44,7 +44,7 @@ pub fn stay_own(
     headers: &Headers,
     otherwise: Verdict,
 ) -> Option<Verdict> {
-    let Some((key, entry)) = find_dialled(tables, headers) else { return Some(otherwise) };
+    let Some((key, entry)) = find_staying(tables, headers) else { return Some(otherwise) };
     follow(tables, headers, &entry);
     leave(packet, tables, headers, &key, &entry)
 }
