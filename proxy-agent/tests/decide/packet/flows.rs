@@ -304,6 +304,32 @@ fn young_flows_grow_up() {
     });
 }
 
+/// A full table: the flow stays young and works, and grows up when there is room. What ends it is not forgotten.
+#[test]
+fn no_room_for_grown_flows() {
+    both(|v6| {
+        let node = Node::new(v6);
+        let (client, vip, backend) = (node.client(40_000), node.vip(1), node.backend(1));
+        let source = node.source_at(&syn(client, vip));
+        node.maps.counted();
+        node.maps.grown.room.set(0);
+        let answer = |flags| {
+            let packet = build(tcp(flags), backend, source);
+            node.translates(&packet, (backend, client), (vip, client));
+        };
+        answer(SYN | ACK);
+        assert!(node.maps.counted().contains(&("packet_flows_full", 2)));
+        assert_eq!((node.maps.young.all().len(), node.flow().flags), (1, Flow::NEEDS_SNAT));
+        answer(FIN | ACK);
+        node.passes(&build(tcp(FIN | ACK), client, vip).frame());
+        assert!(node.flow().is_over());
+        node.maps.grown.room.set(1);
+        answer(ACK);
+        assert_eq!((node.maps.young.all().len(), node.maps.grown.all().len()), (0, 1));
+        assert!(node.flow().is_over());
+    });
+}
+
 /// No room for a new flow: its first packet is dropped, not sent where no answer could come back from.
 #[test]
 fn no_room_for_a_new_flow() {

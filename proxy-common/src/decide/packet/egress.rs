@@ -99,7 +99,10 @@ pub(super) fn answered<T: PacketTables>(tables: &T, headers: &Headers, key: &Flo
             return;
         }
         tables.count(Outcome::PacketFlowsFull);
-    } else if flags & !flow.flags != 0 {
+        // It tries again with the next answer, but what ends it is said once only.
+        flags &= !Flow::ANSWERED;
+    }
+    if flags & !flow.flags != 0 {
         entry.set_flags(flags);
     }
     touch(entry, tables.now_ns());
