@@ -85,6 +85,33 @@ fn ports_run_out_and_are_taken_over() {
     });
 }
 
+/// A client port that is used again leaves its old source behind: nobody needs that any more.
+#[test]
+fn a_port_of_an_earlier_connection_is_taken_over() {
+    both(|v6| {
+        for grown in [false, true] {
+            let mut node = Node::new(v6);
+            ports(&mut node, 2);
+            let (vip, backend, client) = (node.vip(1), node.backend(1), node.client(1));
+            let request = build(tcp(SYN), client, vip);
+            let mut sources = BTreeSet::new();
+            for _ in 0..9 {
+                let source = node.source_at(&request);
+                sources.insert(source);
+                if grown {
+                    let answer = build(tcp(SYN | ACK), backend, source);
+                    node.translates(&answer, (backend, client), (vip, client));
+                }
+                node.passes(&build(tcp(RST), client, vip).frame());
+            }
+            assert_eq!(sources.len(), 2, "a new one each time");
+            let source = node.source_at(&request);
+            let other = node.source_at(&build(tcp(SYN), node.client(2), vip));
+            assert_ne!(source, other);
+        }
+    });
+}
+
 /// A device without an address of the family, or one that nobody has described, has no source to give.
 #[test]
 fn no_address_to_leave_with() {

@@ -159,7 +159,12 @@ pub(super) fn claim(
         let owner = tables.snat(&key);
         let done = match owner {
             Some(owner) => match tables.flow(&owner) {
-                Some(entry) => entry.flow().is_over(),
+                Some(entry) => {
+                    let flow = entry.flow();
+                    // An earlier connection of its client may have had it; one without a source yet may be about to.
+                    let has_other = flow.snat != key.snat || flow.snat_port != key.snat_port;
+                    flow.is_over() || flow.snat_port != Port::new(0) && has_other
+                }
                 None => true,
             },
             None => false,
