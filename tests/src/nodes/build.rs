@@ -17,7 +17,8 @@ const GATEWAY_MAC: &str = "ee:ee:ee:ee:ee:ee";
 const GATEWAY_V6: &str = "fe80::ecee:eeff:feee:eeee";
 const GATEWAY_V4: &str = "169.254.1.1";
 
-/// Routes of the router for packets from the far network only: what a node cannot place shall not come back to it.
+/// Routes of the router for packets of the far network and of its own: what a node cannot place shall not come back to
+/// it.
 const FAR_TABLE: u8 = 100;
 
 pub(super) fn world(layout: Layout) -> Result<World> {
@@ -166,10 +167,13 @@ fn node(index: u8, layout: &Layout, router: &Netns, ground: &Ground) -> Result<N
     fs::create_dir(&directory).with_context(|| format!("making {}", directory.display()))?;
     let netns = Netns::new()?;
     let (filter, bridged) = (layout.rp_filter.to_string(), u8::from(layout.bridge_netfilter).to_string());
+    let redirects = if layout.redirects { "1" } else { "0" };
     // Before there are devices: these start with the defaults.
     netns.sysctls(&[
         ("net/ipv4/conf/all/rp_filter", &filter),
         ("net/ipv4/conf/default/rp_filter", &filter),
+        ("net/ipv4/conf/all/send_redirects", redirects),
+        ("net/ipv4/conf/default/send_redirects", redirects),
         ("net/bridge/bridge-nf-call-iptables", &bridged),
         ("net/bridge/bridge-nf-call-ip6tables", &bridged),
     ])?;
@@ -309,9 +313,14 @@ fn vips_via(node: &Node, router: &Netns, others: &[&Netns]) -> Result<()> {
         netns.ip(&routes(""))?;
     }
     router.ip(&routes(&format!("table {FAR_TABLE}")))?;
+    let table = FAR_TABLE.to_string();
     for (family, range) in [("-4", "198.18.1.0/24"), ("-6", "fd00:198:18:1::/64")] {
         // A batch of `ip` takes rules of one family only.
-        let rule = [family, "rule", "add", "from", range, "lookup", &FAR_TABLE.to_string()];
+        let rule = [family, "rule", "add", "from", range, "lookup", &table];
+        let status = router.command("ip").args(rule).status().context("running `ip`")?;
+        ensure!(status.success(), "`ip {}`: {status}", rule.join(" "));
+        // Errors of the router itself about packets that came from a VIP.
+        let rule = [family, "rule", "add", "iif", "lo", "lookup", &table];
         let status = router.command("ip").args(rule).status().context("running `ip`")?;
         ensure!(status.success(), "`ip {}`: {status}", rule.join(" "));
     }

@@ -17,6 +17,7 @@
 
 mod build;
 pub mod matrix;
+pub mod tap;
 
 use std::{
     fmt,
@@ -96,6 +97,9 @@ pub struct Layout {
     pub guard: Guard,
     /// Whether the nodes masquerade what pods send out of the cluster, as many CNIs do.
     pub masquerade: bool,
+    /// Whether the nodes tell clients of shorter ways (ICMP redirects of IPv4). To a kernel that rejects or translates
+    /// after routing, a VIP looks as if the router had it.
+    pub redirects: bool,
 }
 
 impl Default for Layout {
@@ -107,6 +111,7 @@ impl Default for Layout {
             offload: true,
             guard: Guard::Open,
             masquerade: false,
+            redirects: false,
         }
     }
 }
@@ -122,10 +127,10 @@ impl Layout {
 
 impl fmt::Display for Layout {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { between, rp_filter, bridge_netfilter, offload, guard, masquerade } = self;
+        let Self { between, rp_filter, bridge_netfilter, offload, guard, masquerade, redirects } = self;
         write!(
             formatter,
-            "{between:?}, rp_filter {rp_filter}, br_netfilter {}, offload {offload}, {guard:?}, masquerade {masquerade}",
+            "{between:?}, rp_filter {rp_filter}, br_netfilter {}, offload {offload}, {guard:?}, masquerade {masquerade}, redirects {redirects}",
             u8::from(*bridge_netfilter)
         )
     }
@@ -321,6 +326,12 @@ impl World {
         };
         one.ip(&format!("link set {device} mtu {mtu}\n"))?;
         other.ip(&format!("link set {peer} mtu {mtu}\n"))
+    }
+
+    /// Sets the largest packet that fits through the tunnel between the nodes.
+    pub fn set_tunnel_mtu(&self, mtu: u16) -> Result<()> {
+        ensure!(self.layout.between == Between::Vxlan, "the nodes have no tunnel");
+        self.nodes.iter().try_for_each(|node| node.host().netns().ip(&format!("link set vxlan0 mtu {mtu}\n")))
     }
 
     /// The node's end of a pod's link.
