@@ -6,6 +6,7 @@ use std::{fs, time::Duration};
 
 use anyhow::ensure;
 use nix::mount::{MsFlags, mount, umount};
+use proxy_agent::kernel::Pins;
 
 use sheave_tests::{
     lab::Shape,
@@ -104,7 +105,7 @@ fn q5_without_larger_tables_what_fits_is_served() {
     let client = scene.pod(0).unwrap().client().unwrap();
     let dial = |number| Dial::new(at(&vip(number), 80).unwrap()).timeout(Duration::from_secs(2));
     // A mount point cannot be removed, so the next generation cannot be made.
-    let next = scene.node().unwrap().directory().join("bpffs/sheave/tables-v1-1");
+    let next = Pins::new(scene.node().unwrap().directory().join("bpffs")).tables(1);
     fs::create_dir(&next).unwrap();
     mount(Some("bpf"), &next, Some("bpf"), MsFlags::empty(), None::<&str>).unwrap();
     for number in 2..=MANY {
