@@ -109,9 +109,9 @@ impl Tables for Maps {
     #[inline(always)]
     fn backend(&self, index: u32) -> Option<Backend> {
         let backend = BACKENDS.get_ptr(index)?;
-        // SAFETY: in bounds. The agent writes a new one only where no set has pointed for a while. A reader with a stale
-        // id may meet the writing; the generation that it checks is then 0 or another.
-        Some(unsafe { *backend })
+        // SAFETY: in bounds. The agent writes a new one only where no set has pointed for a while; a reader with a stale
+        // id may meet the writing.
+        unsafe { Backend::read(backend) }
     }
 
     #[inline(always)]
