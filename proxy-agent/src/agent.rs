@@ -47,6 +47,8 @@ pub struct Agent {
     reconciler: Reconciler,
     kernel: Kernel,
     loaded: Loaded,
+    /// Which tables `kernel` and `loaded` are of.
+    generation: u32,
     settings: Settings,
     started: Instant,
     /// Services whose last programming failed.
@@ -64,17 +66,18 @@ impl Agent {
     /// If the kernel refuses something.
     pub fn start(config: Config) -> Result<Self, kernel::Error> {
         config.pins.prepare()?;
-        let generation = config.pins.generations()?.first().copied().unwrap_or(0);
+        let generation = config.pins.newest()?.unwrap_or(0);
+        let tables = config.pins.tables(generation);
         let settings = Settings::of_this_host()?;
         if !settings.set_retval {
             tracing::warn!(
                 "this kernel cannot refuse a connection with ECONNREFUSED (needs 5.18): left to the packet path"
             );
         }
-        let loaded = Loaded::load(&config.pins, generation, config.limits, settings)?;
-        let kernel = Kernel::of(&loaded, &config.pins)?;
-        let reconciler = Reconciler::adopt(&kernel)
-            .map_err(kernel::Error::path("read the frontends in", config.pins.tables(generation)))?;
+        let loaded = Loaded::load(&config.pins, &tables, config.limits, settings)?;
+        let kernel = Kernel::of(&tables)?;
+        let reconciler =
+            Reconciler::adopt(&kernel).map_err(kernel::Error::path("read the frontends in", &tables))?;
         let model = Model::new(config.node_name.clone(), config.policy.clone(), OwnAddresses::Reported);
         Ok(Self {
             status: Status::new(&config, reconciler.adopted_frontends()),
@@ -84,6 +87,7 @@ impl Agent {
             reconciler,
             kernel,
             loaded,
+            generation,
             settings,
             started: Instant::now(),
             failed: BTreeMap::new(),
@@ -188,7 +192,7 @@ impl Agent {
     /// Attaches the programs: the tables behind them are complete now, so whoever comes finds what is wanted.
     fn first_sync(&mut self, report: &Report) -> Result<(), kernel::Error> {
         let (made, updated) = self.loaded.attach(&self.config.cgroup)?;
-        self.config.pins.remove_others(self.loaded.generation)?;
+        self.config.pins.remove_others(self.generation)?;
         self.status.synced = true;
         tracing::info!(
             services = self.model.services().count(),
@@ -232,12 +236,12 @@ impl Agent {
     /// only a start with one set of tables puts right.
     fn move_to(&mut self, limits: Limits) -> Result<bool, kernel::Error> {
         tracing::info!(?limits, "moving to larger tables");
-        let generation = self.loaded.generation + 1;
+        let generation = self.generation + 1;
         let (mut loaded, kernel) = match self.fill(generation, limits) {
             Ok(filled) => filled,
             Err(error) => {
                 tracing::error!(error = &error as &dyn std::error::Error, "no larger tables");
-                if let Err(error) = self.config.pins.remove_tables(generation) {
+                if let Err(error) = self.config.pins.abandon(generation) {
                     tracing::warn!(error = &error as &dyn std::error::Error, "what was made of them stays");
                 }
                 return Ok(false);
@@ -246,7 +250,7 @@ impl Agent {
         if self.status.synced {
             loaded.attach(&self.config.cgroup)?;
         }
-        (self.loaded, self.kernel) = (loaded, kernel);
+        (self.loaded, self.kernel, self.generation) = (loaded, kernel, generation);
         if self.status.synced {
             self.config.pins.remove_others(generation)?;
         }
@@ -256,12 +260,13 @@ impl Agent {
     /// New tables with all that is written in them, and programs that use them. Nothing uses those programs yet.
     fn fill(&mut self, generation: u32, limits: Limits) -> Result<(Loaded, Kernel), kernel::Error> {
         let pins = &self.config.pins;
-        // Whatever an interrupted move left there is not complete.
-        pins.remove_tables(generation)?;
-        let loaded = Loaded::load(pins, generation, limits, self.settings)?;
-        let mut kernel = Kernel::of(&loaded, pins)?;
-        let filled = self.reconciler.move_to(&mut kernel);
-        filled.map_err(|failure| kernel::Error::path("fill", pins.tables(generation))(failure.error))?;
+        let tables = pins.begin(generation)?;
+        let loaded = Loaded::load(pins, &tables, limits, self.settings)?;
+        let mut kernel = Kernel::of(&tables)?;
+        let filled = self.reconciler.copy_to(&mut kernel);
+        filled.map_err(|failure| kernel::Error::path("fill", &tables)(failure.error))?;
+        pins.complete(generation)?;
+        self.reconciler.moved_to(kernel.limits());
         Ok((loaded, kernel))
     }
 

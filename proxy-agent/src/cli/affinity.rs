@@ -35,7 +35,7 @@ pub(super) fn of(pins: &Pins, service: ServiceId, client: IpAddr) -> Result<Opti
     if word.timeout_s() == 0 {
         return Ok(None);
     }
-    let map = programs::open_pinned(pins, 0, "AFFINITY").context("open the affinity table")?;
+    let map = programs::open_pinned(&pins.state(), "AFFINITY").context("open the affinity table")?;
     let map: HashMap<MapData, AffinityKey, AffinityEntry> =
         Map::from_map_data(map).and_then(TryInto::try_into).context("use the affinity table")?;
     let cookies = netns_cookies(client).into_iter().map(ClientKey::netns);

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 
 use aya::maps::{HashMap, Map, MapData, MapError};
 use proxy_common::abi::{
@@ -10,7 +11,7 @@ use proxy_common::abi::{
 
 use super::{Dataplane, Failure, Limits, RecordWord, Write};
 use crate::kernel::mapping::Mapping;
-use crate::kernel::{self, Loaded, Pins, batch_entries, programs::open_pinned, update_batch};
+use crate::kernel::{self, Pins, batch_entries, programs::open_pinned, update_batch};
 
 /// See the module.
 pub struct Kernel {
@@ -24,12 +25,12 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// The tables of loaded programs, to write.
+    /// The tables that are pinned in a directory, to write.
     ///
     /// # Errors
     /// If a map is missing or cannot be mapped.
-    pub fn of(loaded: &Loaded, pins: &Pins) -> Result<Self, kernel::Error> {
-        Self::open_generation(pins, loaded.generation, true)
+    pub fn of(tables: &Path) -> Result<Self, kernel::Error> {
+        Self::open_in(tables, true)
     }
 
     /// The pinned tables, to read, whoever writes them.
@@ -37,23 +38,20 @@ impl Kernel {
     /// # Errors
     /// If nothing is pinned.
     pub fn open(pins: &Pins) -> Result<Option<Self>, kernel::Error> {
-        match pins.generations()?.first() {
-            Some(generation) => Self::open_generation(pins, *generation, false).map(Some),
-            None => Ok(None),
-        }
+        pins.newest()?.map(|generation| Self::open_in(&pins.tables(generation), false)).transpose()
     }
 
-    fn open_generation(pins: &Pins, generation: u32, writable: bool) -> Result<Self, kernel::Error> {
-        let frontends = open_pinned(pins, generation, "FRONTENDS")?;
+    fn open_in(tables: &Path, writable: bool) -> Result<Self, kernel::Error> {
+        let frontends = open_pinned(tables, "FRONTENDS")?;
         let frontends_limit = entries("FRONTENDS", &frontends)?;
         let frontends_fd = frontends
             .fd()
             .as_fd()
             .try_clone_to_owned()
-            .map_err(kernel::Error::path("duplicate", pins.tables(generation).join("FRONTENDS")))?;
-        let (services_limit, services) = map(pins, generation, "SERVICES", writable)?;
-        let (slots_limit, slots) = map(pins, generation, "SLOTS", writable)?;
-        let (backends_limit, backends) = map(pins, generation, "BACKENDS", writable)?;
+            .map_err(kernel::Error::path("duplicate", tables.join("FRONTENDS")))?;
+        let (services_limit, services) = map(tables, "SERVICES", writable)?;
+        let (slots_limit, slots) = map(tables, "SLOTS", writable)?;
+        let (backends_limit, backends) = map(tables, "BACKENDS", writable)?;
         let error = |source| kernel::Error::Map { map: "FRONTENDS", source };
         Ok(Self {
             limits: Limits {
@@ -98,16 +96,11 @@ fn entries(name: &'static str, map: &MapData) -> Result<u32, kernel::Error> {
     map.info().map(|info| info.max_entries()).map_err(|source| kernel::Error::Map { map: name, source })
 }
 
-fn map<T>(
-    pins: &Pins,
-    generation: u32,
-    name: &'static str,
-    writable: bool,
-) -> Result<(u32, Mapping<T>), kernel::Error> {
-    let data = open_pinned(pins, generation, name)?;
+fn map<T>(tables: &Path, name: &'static str, writable: bool) -> Result<(u32, Mapping<T>), kernel::Error> {
+    let data = open_pinned(tables, name)?;
     let limit = entries(name, &data)?;
     let mapping = Mapping::new(data.fd(), limit, writable)
-        .map_err(kernel::Error::path("map into memory", pins.tables(generation).join(name)))?;
+        .map_err(kernel::Error::path("map into memory", tables.join(name)))?;
     Ok((limit, mapping))
 }
 

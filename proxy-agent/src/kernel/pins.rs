@@ -3,6 +3,7 @@
 //! ```text
 //! <bpffs>/sheave/state-v<layout>/MAP     maps that the programs write: affinity, datagram flows, socket storage
 //! <bpffs>/sheave/tables-v<layout>-<n>/MAP    maps that the agent writes; n counts the generations
+//! <bpffs>/sheave/tables-v<layout>-<n>-filling/MAP    the same, while they are filled
 //! <bpffs>/sheave/links/PROGRAM           attachments; each is updated atomically to the current generation's program
 //! ```
 
@@ -70,19 +71,50 @@ impl Pins {
         self.root().join(format!("tables-v{LAYOUT_VERSION}-{generation}"))
     }
 
-    /// Generations of this layout that are pinned, lowest first. More than one means that an agent went in the middle of
-    /// a move. While it ran, the lowest was complete, so that is the one to adopt; an agent that went between attaching
-    /// after its *first* sync and removing the old tables leaves a lowest one that is older than what is attached.
+    /// The place of tables that are not complete yet. Nothing adopts what lies there. (A bpffs takes no dots in names.)
+    pub fn filling(&self, generation: u32) -> PathBuf {
+        self.root().join(format!("tables-v{LAYOUT_VERSION}-{generation}-filling"))
+    }
+
+    /// The newest generation of this layout that is pinned. It is the one to adopt: it got its name when it had all that
+    /// the one before had, and only after that a program that uses it was attached. An older one beside it means that an
+    /// agent went before it removed that one.
     ///
     /// # Errors
     /// If the directory exists but cannot be read.
-    pub fn generations(&self) -> Result<Vec<u32>, Error> {
+    pub fn newest(&self) -> Result<Option<u32>, Error> {
         let prefix = format!("tables-v{LAYOUT_VERSION}-");
         let names = self.names()?;
-        let mut found: Vec<u32> =
-            names.iter().filter_map(|name| name.strip_prefix(&prefix)?.parse().ok()).collect();
-        found.sort_unstable();
-        Ok(found)
+        Ok(names.iter().filter_map(|name| name.strip_prefix(&prefix)?.parse().ok()).max())
+    }
+
+    /// An empty directory for new tables of a generation that is not complete yet; what an interrupted move left there
+    /// is removed.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    pub fn begin(&self, generation: u32) -> Result<PathBuf, Error> {
+        self.abandon(generation)?;
+        let path = self.filling(generation);
+        fs::create_dir_all(&path).map_err(Error::path("create", &path))?;
+        Ok(path)
+    }
+
+    /// Removes tables that did not become complete, if there are any.
+    ///
+    /// # Errors
+    /// If they cannot be removed.
+    pub fn abandon(&self, generation: u32) -> Result<(), Error> {
+        remove_directory(&self.filling(generation))
+    }
+
+    /// The tables are complete: from here on they are the ones to adopt.
+    ///
+    /// # Errors
+    /// If they cannot be renamed.
+    pub fn complete(&self, generation: u32) -> Result<(), Error> {
+        let (from, to) = (self.filling(generation), self.tables(generation));
+        fs::rename(&from, &to).map_err(Error::path("rename", from))
     }
 
     /// Removes every generation and state of other layouts, and every other generation of this one: nothing uses them
@@ -100,14 +132,6 @@ impl Pins {
             }
         }
         Ok(())
-    }
-
-    /// Removes the tables of a generation, if there are any.
-    ///
-    /// # Errors
-    /// If they cannot be removed.
-    pub fn remove_tables(&self, generation: u32) -> Result<(), Error> {
-        remove_directory(&self.tables(generation))
     }
 
     /// Removes everything: links first, so that no program runs on half of its maps. Returns whether there was anything.
