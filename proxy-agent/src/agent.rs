@@ -10,7 +10,7 @@ use crate::claims::FrontendId;
 use crate::control::{Question, Reply, Request};
 use crate::dataplane::bpf::Kernel;
 use crate::dataplane::{Dataplane, Limits};
-use crate::kernel::{self, Loaded, Pins, Settings};
+use crate::kernel::{self, Claim, Loaded, Pins, Settings};
 use crate::model::{Model, OwnAddresses};
 use crate::object::{Batch, Change, Delta, ObjectKey, Problem, Read};
 use crate::reconcile::{self, REST_MS, Reconciler, Report, WantedPort, WantedService};
@@ -42,6 +42,8 @@ pub struct Config {
 /// See the module.
 pub struct Agent {
     config: Config,
+    /// Nobody else writes.
+    _claim: Claim,
     model: Model,
     wanted: Wanted,
     reconciler: Reconciler,
@@ -59,13 +61,12 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Loads the programs on what a former run left pinned, or on new tables. Writes nothing and attaches nothing yet
-    /// (Q1).
+    /// Loads the programs on what a former run left pinned, or on new tables; the pin directory is prepared and claimed.
+    /// Writes nothing and attaches nothing yet (Q1).
     ///
     /// # Errors
     /// If the kernel refuses something.
-    pub fn start(config: Config) -> Result<Self, kernel::Error> {
-        config.pins.prepare()?;
+    pub fn start(config: Config, claim: Claim) -> Result<Self, kernel::Error> {
         let generation = config.pins.newest()?.unwrap_or(0);
         let tables = config.pins.tables(generation);
         let settings = Settings::of_this_host()?;
@@ -82,6 +83,7 @@ impl Agent {
         Ok(Self {
             status: Status::new(&config, reconciler.adopted_frontends()),
             config,
+            _claim: claim,
             model,
             wanted: Wanted::default(),
             reconciler,

@@ -69,9 +69,7 @@ fn run_against(
 ) -> Result<Output> {
     command.args(arguments);
     let verb = arguments.first().copied().unwrap_or_default();
-    if verb != "cleanup" {
-        command.arg("--control-socket").arg(control_socket);
-    }
+    command.arg("--control-socket").arg(control_socket);
     if verb != "plan" {
         command.arg("--bpffs").arg(bpffs);
     }

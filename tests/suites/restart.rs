@@ -254,12 +254,15 @@ fn a_second_agent_refuses_to_start() {
     let node = scene.node().unwrap();
     let programs = bpf::programs_of(node.cgroup()).unwrap();
     let before = scene.agent().unwrap().status().unwrap();
+    let socket = scene.agent().unwrap().control_socket().to_owned();
+    // Also when nobody answers on its control socket.
+    fs::rename(&socket, socket.with_extension("away")).unwrap();
     let second = Agent::spawn(scene.lab(), node, &[] as &[&str]).unwrap();
-    let log = second.log().to_owned();
     assert!(!second.wait_ended(STARTED_WITHIN).unwrap().success());
-    let log = fs::read_to_string(log).unwrap();
-    let socket = scene.agent().unwrap().control_socket();
-    assert!(log.contains("another agent runs") && log.contains(socket.to_str().unwrap()), "{log}");
+    assert!(!socket.exists());
+    fs::rename(socket.with_extension("away"), &socket).unwrap();
+    let log = fs::read_to_string(scene.agent().unwrap().log()).unwrap();
+    assert!(log.contains("another agent runs: it holds the pin directory"), "{log}");
     assert_eq!(bpf::programs_of(node.cgroup()).unwrap(), programs);
     let after = scene.agent().unwrap().status().unwrap();
     assert_eq!((&after["writes"], &after["agent"]), (&before["writes"], &json!("running")));
@@ -329,12 +332,19 @@ fn cleanup_leaves_nothing() {
     assert!(maps.iter().all(|id| bpf::map_exists(*id).unwrap()));
     let client = scene.pod(2).unwrap().client().unwrap();
     let held = client.hold(vip(), 3).unwrap();
-    scene.take_agent().unwrap().stop().unwrap();
+    let socket = scene.agent().unwrap().control_socket().to_owned();
+    let output = sheave(node, &["cleanup"]).unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1) && said.contains("end the agent first"), "{output:?}");
+    everything_works(&client, &["pod-1-1", "pod-1-2"]);
+    assert_eq!(bpf::programs_of(node.cgroup()).unwrap(), programs);
+    scene.take_agent().unwrap().kill().unwrap();
+    assert!(socket.exists());
 
     let node = scene.node().unwrap();
     let output = sheave(node, &["cleanup"]).unwrap();
     assert!(output.status.success() && output.stdout.starts_with(b"removed"), "{output:?}");
-    assert!(!pins.exists());
+    assert!(!pins.exists() && !socket.exists());
     assert!(fail(&client, Transport::Tcp, vip().timeout(SOON)).unwrap().is_timeout());
     let after = client.check_held(held.id).unwrap();
     assert_eq!(after.alive, 3, "established connections go on: {after:?}");

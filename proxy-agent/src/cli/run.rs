@@ -103,9 +103,11 @@ impl RunArgs {
                 Source::Kube(kube::client(&options).await.context("find the API server")?)
             }
         };
-        // A second agent on the same socket ends here, before it touches the kernel.
+        // A second agent in the same pin directory, or on the same socket, ends here, before it writes anything.
+        config.pins.prepare()?;
+        let claim = config.pins.claim()?;
         let listener = control::listen(&self.control.control_socket).await?;
-        let agent = Agent::start(config).context("start")?;
+        let agent = Agent::start(config, claim).context("start")?;
         let (questions, asked) = mpsc::channel(16);
         tokio::spawn(control::serve(listener, questions));
 

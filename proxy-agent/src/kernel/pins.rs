@@ -7,11 +7,13 @@
 //! <bpffs>/sheave/links/PROGRAM           attachments; each is updated atomically to the current generation's program
 //! ```
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::statfs;
 use proxy_common::abi::LAYOUT_VERSION;
@@ -20,6 +22,13 @@ use super::{Error, sys};
 
 /// statfs(2): BPF_FS_MAGIC.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+
+/// The right to write below a pin directory, held as long as this lives. It is the kernel's lock, so it ends with the
+/// process however that ends.
+#[derive(Debug)]
+pub struct Claim {
+    _lock: Flock<File>,
+}
 
 /// The pin directory.
 #[derive(Clone, Debug)]
@@ -49,6 +58,20 @@ impl Pins {
             fs::create_dir_all(&directory).map_err(Error::path("create", &directory))?;
         }
         Ok(())
+    }
+
+    /// Claims the directory, which must be there.
+    ///
+    /// # Errors
+    /// [`Error::InUse`] if another process has the claim.
+    pub fn claim(&self) -> Result<Claim, Error> {
+        let root = self.root();
+        let directory = File::open(&root).map_err(Error::path("open", &root))?;
+        match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Claim { _lock: lock }),
+            Err((_, Errno::EWOULDBLOCK)) => Err(Error::InUse { path: root }),
+            Err((_, error)) => Err(Error::path("lock", root)(error.into())),
+        }
     }
 
     /// Everything of ours is below it.
@@ -137,13 +160,15 @@ impl Pins {
     /// Removes everything: links first, so that no program runs on half of its maps. Returns whether there was anything.
     ///
     /// # Errors
-    /// If something cannot be removed.
+    /// [`Error::InUse`] if an agent runs: it would go on without its pins, and the next one could not adopt anything. Else
+    /// if something cannot be removed.
     pub fn remove_all(&self) -> Result<bool, Error> {
         let root = self.root();
         // Not `exists`: whoever may not look would be told that there is nothing.
         if !root.try_exists().map_err(Error::path("look for", &root))? {
             return Ok(false);
         }
+        let _claim = self.claim()?;
         for link in fs::read_dir(self.links()).into_iter().flatten().flatten() {
             // The removal below detaches too, only later; before 5.9 it is the only way.
             let _ = sys::object_get(&link.path()).and_then(|link| sys::link_detach(link.as_fd()));
