@@ -12,10 +12,11 @@ use crate::dataplane::bpf::Kernel;
 use crate::dataplane::{Dataplane, Limits};
 use crate::kernel::{self, Claim, Loaded, Pins, Settings};
 use crate::model::{Model, OwnAddresses};
-use crate::object::{Batch, Change, Delta, ObjectKey, Problem, Read};
+use crate::object::{Batch, ObjectKey};
 use crate::reconcile::{self, REST_MS, Reconciler, Report, WantedPort, WantedService};
 use crate::resolve::Policy;
 use crate::status::Status;
+use crate::told::{News, Told};
 use crate::view;
 use crate::wanted::Wanted;
 
@@ -130,7 +131,7 @@ impl Agent {
 
     fn take(&mut self, batch: Batch) {
         for change in batch {
-            self.told.change(&change);
+            self.told.change(&change).iter().for_each(News::log);
             self.model.apply(change);
         }
     }
@@ -160,6 +161,7 @@ impl Agent {
         if !self.model.ready() {
             return Ok(());
         }
+        self.told.node(&self.config.node_name, self.model.node_problems()).iter().for_each(News::log);
         let begun = Instant::now();
         let mut dirty = self.model.take_dirty();
         dirty.extend(self.failed.keys().cloned());
@@ -173,7 +175,7 @@ impl Agent {
         let affected = self.wanted.update(&self.model, &dirty);
         dirty.extend(affected);
         for key in &dirty {
-            self.told.service(key, self.wanted.problems_of(key));
+            self.told.service(key, self.wanted.problems_of(key)).iter().for_each(News::log);
         }
         let wanted: Vec<WantedService> = dirty.iter().map(|key| self.wanted_service(key)).collect();
         let report = self.reconcile(&wanted, full)?;
@@ -307,7 +309,10 @@ impl Agent {
 
     fn answer(&self, question: Question) {
         let reply = match question.request {
-            Request::Status => Reply::of(&self.status.view(&self.model, &self.failed, &self.told.all())),
+            Request::Status => {
+                let problems = view::plan::problems(&self.model, &self.wanted);
+                Reply::of(&self.status.view(&self.model, &self.failed, &problems))
+            }
             Request::Plan => Reply::rendered(&view::plan::plan_of(&self.model, &self.wanted), None),
             Request::Explain { from, to } => self.explain(from, &to),
             Request::Names => {
@@ -333,83 +338,5 @@ impl Agent {
             }
             Err(error) => Reply::Error(error.to_string()),
         }
-    }
-}
-
-/// What was said about which object, so that the log says everything once.
-#[derive(Default)]
-struct Told {
-    by_object: BTreeMap<(Source, String), BTreeSet<Problem>>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Source {
-    Object,
-    Resolve,
-}
-
-impl Told {
-    fn change(&mut self, change: &Change) {
-        match change {
-            Change::Service(delta) => {
-                self.delta("Service", delta, |service| (service.key.to_string(), &service.problems))
-            }
-            Change::Slice(delta) => {
-                self.delta("EndpointSlice", delta, |slice| (slice.key.to_string(), &slice.problems))
-            }
-            Change::Node(delta) => self.delta("Node", delta, |node| (node.name.clone(), &node.problems)),
-            Change::OwnAddresses(_) => {}
-            Change::Mended(object) => self.tell(Source::Object, object.clone(), Vec::new()),
-        }
-    }
-
-    fn delta<T>(&mut self, kind: &str, delta: &Delta<T>, parts: impl Fn(&T) -> (String, &Vec<Problem>)) {
-        let mut one = |read: &Read<T>| match read {
-            Ok(object) => {
-                let (key, problems) = parts(object);
-                self.tell(Source::Object, format!("{kind} {key}"), problems.clone());
-            }
-            Err(unreadable) => {
-                let object = unreadable.problem.object.clone();
-                let mut problems = vec![unreadable.problem.clone()];
-                if unreadable.key.is_none() {
-                    // One file may have many; they hold until it is mended.
-                    let known = self.by_object.get(&(Source::Object, object.clone()));
-                    problems.extend(known.into_iter().flatten().cloned());
-                }
-                self.tell(Source::Object, object, problems);
-            }
-        };
-        match delta {
-            Delta::List(list) => list.iter().for_each(one),
-            Delta::Apply(read) => one(read),
-            Delta::Delete(key) => {
-                self.by_object.remove(&(Source::Object, format!("{kind} {key}")));
-            }
-        }
-    }
-
-    fn service(&mut self, key: &ObjectKey, problems: Vec<Problem>) {
-        self.tell(Source::Resolve, format!("Service {key}"), problems);
-    }
-
-    fn tell(&mut self, source: Source, object: String, problems: Vec<Problem>) {
-        let key = (source, object);
-        if problems.is_empty() {
-            if self.by_object.remove(&key).is_some() {
-                tracing::info!(object = key.1, "its problems are gone");
-            }
-            return;
-        }
-        let known = self.by_object.entry(key).or_default();
-        let problems: BTreeSet<Problem> = problems.into_iter().collect();
-        for problem in problems.difference(known) {
-            tracing::warn!(object = problem.object, field = problem.field, "{}", problem.message);
-        }
-        *known = problems;
-    }
-
-    fn all(&self) -> Vec<Problem> {
-        self.by_object.values().flatten().cloned().collect()
     }
 }

@@ -201,21 +201,27 @@ impl Model {
         problems.extend(self.services.problems().cloned());
         problems.extend(self.slices.problems().cloned());
         problems.extend(self.nodes.unreadable.iter().cloned());
-        problems.extend(self.facts.problems.iter().cloned());
-        match &self.context.node {
-            Some(node) => problems.extend(node.problems.iter().cloned()),
-            // O4: a wrong name makes every endpoint remote, and nothing else would say so.
-            None if self.nodes.complete => {
-                problems.insert(Problem {
-                    object: format!("Node {}", self.context.node_name),
-                    field: String::new(),
-                    message: "not found: without it this node has no zone and no pod range (O4, P9)"
-                        .to_owned(),
-                });
-            }
-            None => {}
-        }
+        problems.extend(self.context.node.iter().flat_map(|node| node.problems.iter().cloned()));
+        problems.extend(self.node_problems());
         problems.into_iter().collect()
+    }
+
+    /// What is odd about this node as a whole, sorted: what follows from the Node's state and the options (N2, M1), or
+    /// that there is no such Node.
+    pub fn node_problems(&self) -> Vec<Problem> {
+        let mut problems = self.facts.problems.clone();
+        // O4: a wrong name makes every endpoint remote, and nothing else would say so.
+        if self.context.node.is_none() && self.nodes.complete {
+            problems.push(Problem {
+                object: format!("Node {}", self.context.node_name),
+                field: String::new(),
+                message: "not found: its zone, addresses and pod ranges are not known (P9); if this is not the name of \
+                          this node's Node (--node-name), every endpoint counts as remote (O4)"
+                    .to_owned(),
+            });
+            problems.sort();
+        }
+        problems
     }
 }
 

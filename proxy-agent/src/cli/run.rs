@@ -117,7 +117,7 @@ impl RunArgs {
         sources.spawn(async move { addresses::run(to).await.context("follow this node's addresses") });
         match source {
             Source::Files(directory) => sources.spawn(async move {
-                let result = files::run(directory.clone(), node_name, changes).await;
+                let result = files::run(directory.clone(), changes).await;
                 result.with_context(|| format!("follow the manifests in {}", directory.display()))
             }),
             Source::Kube(client) => sources.spawn(async move {

@@ -69,7 +69,7 @@ fn text(document: &Value, attached: usize) -> String {
         let found = if document.get("node_found") == Some(&json!(true)) {
             ""
         } else {
-            " (no such Node seen: every endpoint is remote)"
+            " (no such Node, see the problems)"
         };
         line("node", field("node") + found);
         line("services", format!("{}, with {} frontends", field("services"), field("frontends")));

@@ -396,7 +396,7 @@ impl Live {
         fs::create_dir(&path).unwrap();
         prepare(&path);
         let (tx, mut rx) = mpsc::unbounded_channel();
-        tokio::spawn(run(path, "n1".into(), tx));
+        tokio::spawn(run(path, tx));
         assert_eq!(rx.recv().await.unwrap().len(), 3);
         Self { dir, rx, rest: VecDeque::new() }
     }
@@ -485,7 +485,7 @@ async fn a_directory_that_goes_is_not_an_empty_one() {
 async fn dropping_the_future_ends_the_thread() {
     let dir = tempfile::tempdir().unwrap();
     let (tx, mut rx) = mpsc::unbounded_channel();
-    let task = tokio::spawn(run(dir.path().to_owned(), String::new(), tx));
+    let task = tokio::spawn(run(dir.path().to_owned(), tx));
     rx.recv().await.unwrap();
     task.abort();
     // The channel closes when the thread drops its sender.

@@ -18,7 +18,7 @@ use tracing::{debug, error, info, warn};
 use super::Error;
 use super::document::{Broken, Parsed, parse};
 use super::store::Store;
-use crate::object::{Batch, Change, Delta};
+use crate::object::{Batch, Change};
 
 /// Larger files are named and not read: their objects as values would take some twenty times as much memory.
 const MAX_FILE_BYTES: u64 = 64 << 20;
@@ -245,20 +245,13 @@ impl Watch {
 }
 
 /// Sends lists, then changes, until the receiver or the other end of `stop` is gone.
-pub(super) fn follow(
-    dir: &Path,
-    node_name: &str,
-    tx: &UnboundedSender<Batch>,
-    stop: &UnixStream,
-) -> Result<(), Error> {
+pub(super) fn follow(dir: &Path, tx: &UnboundedSender<Batch>, stop: &UnixStream) -> Result<(), Error> {
     let failed = |source| Error::Watch { dir: dir.to_owned(), source };
     // Watch first, read then: what changes in between is read twice rather than missed.
     let mut watch = Watch::new(dir).map_err(failed)?;
     let mut files = Files::new(dir);
     files.scan()?;
-    let lists = files.lists();
-    warn_of_missing_node(&lists, node_name);
-    if !send(tx, lists) {
+    if !send(tx, files.lists()) {
         return Ok(());
     }
     let mut dir_missing = false;
@@ -340,17 +333,4 @@ fn wait(watch: &Watch, stop: Option<&UnixStream>, timeout: PollTimeout) -> io::R
 /// False if nobody listens any more.
 fn send(tx: &UnboundedSender<Batch>, changes: Batch) -> bool {
     changes.is_empty() || tx.send(changes).is_ok()
-}
-
-/// O4: a wrong name makes every endpoint remote.
-fn warn_of_missing_node(lists: &[Change], node_name: &str) {
-    for list in lists {
-        if let Change::Node(Delta::List(nodes)) = list
-            && !nodes.is_empty()
-            && !nodes.iter().flatten().any(|node| node.name == node_name)
-        {
-            let names: Vec<_> = nodes.iter().flatten().map(|node| node.name.as_str()).collect();
-            warn!(node_name, known = ?names, "no manifest of the own Node: no endpoint is local, no zone is known");
-        }
-    }
 }

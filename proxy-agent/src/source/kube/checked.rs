@@ -9,7 +9,6 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
-use tracing::warn;
 
 use crate::object::{self, Node, ObjectKey, Problem, Read, Service, Slice, Unreadable};
 
@@ -59,10 +58,6 @@ impl<T> Checked<T> {
     }
 
     pub(super) fn read(self) -> Read<T> {
-        if let Err(unreadable) = &self.read {
-            let Problem { object, field, message } = &unreadable.problem;
-            warn!("{object}: {field}: {message}");
-        }
         self.read
     }
 }

@@ -17,7 +17,7 @@ use ::kube::runtime::watcher::{self, DefaultBackoff, Event};
 use ::kube::{Api, Client};
 use futures::StreamExt;
 use tokio::sync::mpsc::UnboundedSender;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, info, warn};
 
 use self::checked::{Checked, Slim};
 use crate::object::{Batch, Change, Delta, Node, Read, Service, Slice};
@@ -113,14 +113,6 @@ pub async fn run(client: Client, node_name: String, tx: UnboundedSender<Batch>) 
         let mut last = None;
         follow::<Node>(&client, nodes, |delta| {
             let present = present_node(&delta);
-            if matches!(delta, Delta::List(_)) && present.is_none() {
-                // O4.
-                error!(
-                    node_name,
-                    "there is no Node of this name: every endpoint counts as remote, and no zone is known; set \
-                     --hostname-override to the Node's name"
-                );
-            }
             // Nodes change every few minutes in what nobody here reads.
             if last.as_ref() == Some(&present) && present.is_some() {
                 return !tx.is_closed();
