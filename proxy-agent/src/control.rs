@@ -115,6 +115,14 @@ pub enum Error {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// The asking side may not ask.
+    #[error("asking the agent on control socket {path} needs root")]
+    Forbidden {
+        /// The socket.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
     /// The agent says no.
     #[error("{0}")]
     Refused(String),
@@ -197,7 +205,10 @@ async fn converse(stream: UnixStream, questions: mpsc::Sender<Question>) -> io::
 /// If none answers, or it refuses.
 pub async fn ask(path: &Path, request: &Request) -> Result<Value, Error> {
     let error = |source| Error::Ask { path: path.to_owned(), source };
-    let mut stream = UnixStream::connect(path).await.map_err(error)?;
+    let mut stream = UnixStream::connect(path).await.map_err(|source| match source.kind() {
+        io::ErrorKind::PermissionDenied => Error::Forbidden { path: path.to_owned(), source },
+        _ => error(source),
+    })?;
     let mut bytes = serde_json::to_vec(request).map_err(|source| error(source.into()))?;
     bytes.push(b'\n');
     stream.write_all(&bytes).await.map_err(error)?;

@@ -11,7 +11,7 @@ use std::{
 
 use serde_json::{Value, json};
 use sheave_tests::{
-    agent::{Agent, Source, sheave},
+    agent::{Agent, Source, sheave, sheave_as_nobody},
     bpf, cgroup,
     client::Client,
     lab::{Place, Shape},
@@ -242,6 +242,13 @@ fn a_link_of_another_cgroup_is_replaced() {
         agent.kill().unwrap();
         if cgroup_root == gone {
             cgroup::remove(&gone).unwrap();
+            let expected = "0 of 8 attached; 8 links are of a cgroup that is gone";
+            eventually("links of a cgroup that is gone do not count", || {
+                let text = String::from_utf8(sheave(node, &["status"])?.stdout)?;
+                anyhow::ensure!(text.contains(expected), "{text}");
+                Ok(())
+            })
+            .unwrap();
         }
     }
 }
@@ -386,6 +393,13 @@ fn status_says_whether_an_agent_runs() {
     let (code, document, text) = ask(&scene);
     assert_eq!((code, &document["agent"], attached(&document)), (Some(1), &json!("not running"), 8));
     assert!(text.contains("not running") && text.contains("8 of 8 attached"), "{text}");
+    // Who may not look is not told that there is nothing.
+    for verb in [&["status"][..], &["plan"], &["get", "services"]] {
+        let output = sheave_as_nobody(scene.node().unwrap(), verb).unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(1) && said.contains("needs root"), "{verb:?}: {output:?}");
+        assert!(output.stdout.is_empty(), "{verb:?}: {output:?}");
+    }
     assert!(sheave(scene.node().unwrap(), &["cleanup"]).unwrap().status.success());
     let (code, document, _) = ask(&scene);
     assert_eq!((code, attached(&document)), (Some(1), 0));

@@ -61,6 +61,11 @@ impl LiveArgs {
         self.pins.pins()
     }
 
+    /// Before an answer that would be wrong: who may not look must not be told that there is nothing.
+    pub(super) fn check(&self) -> Result<()> {
+        self.pins().readable().context("this needs root")
+    }
+
     /// The agent's answer; the outer error is ours.
     pub(super) fn ask(&self, request: &Request) -> Result<Result<serde_json::Value, control::Error>> {
         block_on(control::ask(&self.control.control_socket, request))

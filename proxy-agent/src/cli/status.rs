@@ -21,6 +21,7 @@ pub(super) struct StatusArgs {
 impl StatusArgs {
     /// What is in the kernel is shown also when no agent runs; then the code is 1.
     pub(super) fn run(&self) -> Result<ExitCode> {
+        self.live.check()?;
         let pins = self.live.pins();
         let links: BTreeMap<&str, Option<u64>> = programs::links(&pins).into_iter().collect();
         let counters: BTreeMap<&str, u64> =
@@ -36,13 +37,13 @@ impl StatusArgs {
             fields.insert("programs_attached".to_owned(), json!(links));
             fields.insert("counters".to_owned(), json!(counters));
         }
-        let text = text(&document, links.len());
+        let text = text(&document, &links);
         let printed = print(&document, text, self.live.output)?;
         Ok(if error.is_none() { printed } else { ExitCode::FAILURE })
     }
 }
 
-fn text(document: &Value, attached: usize) -> String {
+fn text(document: &Value, links: &BTreeMap<&str, Option<u64>>) -> String {
     let mut text = String::new();
     let field = |name: &str| match document.get(name) {
         Some(Value::String(value)) => value.clone(),
@@ -78,7 +79,12 @@ fn text(document: &Value, attached: usize) -> String {
             format!("{} µs, {} writes in all", field("last_sync_microseconds"), field("writes")),
         );
     }
-    line("programs", format!("{attached} of {} attached", programs::PROGRAMS.len()));
+    let attached = links.values().flatten().count();
+    let left = match links.len() - attached {
+        0 => String::new(),
+        gone => format!("; {gone} links are of a cgroup that is gone"),
+    };
+    line("programs", format!("{attached} of {} attached{left}", programs::PROGRAMS.len()));
     if let Some(failed) =
         document.get("failed").and_then(Value::as_object).filter(|failed| !failed.is_empty())
     {

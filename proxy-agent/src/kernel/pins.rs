@@ -74,6 +74,14 @@ impl Pins {
         }
     }
 
+    /// Whether this process may look at what is pinned. Nothing pinned is an answer too.
+    ///
+    /// # Errors
+    /// If it may not.
+    pub fn readable(&self) -> Result<(), Error> {
+        self.names().map(drop)
+    }
+
     /// Everything of ours is below it.
     pub fn root(&self) -> PathBuf {
         self.bpffs.join("sheave")

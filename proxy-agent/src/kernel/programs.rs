@@ -200,7 +200,8 @@ pub fn counters(pins: &Pins) -> Result<Vec<(&'static str, u64)>, Error> {
     (0..).zip(Outcome::ALL).map(sum).collect()
 }
 
-/// Links that are pinned, with the cgroup each is attached to: `None` if that cgroup is gone.
+/// Links that are pinned, with the cgroup each is attached to: `None` if that cgroup is gone, and the link attached to
+/// nothing.
 pub fn links(pins: &Pins) -> Vec<(&'static str, Option<u64>)> {
     let read = |name: &'static str| {
         let link = sys::object_get(&pins.links().join(name)).ok()?;
