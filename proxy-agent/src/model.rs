@@ -31,6 +31,8 @@ pub struct Model {
     /// Slices of each Service, also of Services that are not there yet or no more (E3).
     slices_of: BTreeMap<ObjectKey, BTreeSet<ObjectKey>>,
     nodes: NodeState,
+    /// Resources of the API server that are not followed now, and why.
+    not_followed: BTreeMap<String, String>,
     own_addresses: OwnAddresses,
     own_addresses_known: bool,
     context: Context,
@@ -55,6 +57,7 @@ impl Model {
             slices: Store::default(),
             slices_of: BTreeMap::new(),
             nodes: NodeState::default(),
+            not_followed: BTreeMap::new(),
             own_addresses,
             own_addresses_known: own_addresses == OwnAddresses::FromNode,
             facts: NodeFacts::new(&context),
@@ -67,6 +70,10 @@ impl Model {
     pub fn apply(&mut self, change: Change) {
         match change {
             Change::Mended(object) => self.services.forget_nameless(&object),
+            Change::Following { resource, trouble } => match trouble {
+                Some(trouble) => drop(self.not_followed.insert(resource, trouble)),
+                None => drop(self.not_followed.remove(&resource)),
+            },
             Change::Service(delta) => {
                 for (key, _) in self.services.apply(delta) {
                     self.dirty.insert(key);
@@ -203,6 +210,11 @@ impl Model {
         problems.extend(self.nodes.unreadable.iter().cloned());
         problems.extend(self.context.node.iter().flat_map(|node| node.problems.iter().cloned()));
         problems.extend(self.node_problems());
+        problems.extend(self.not_followed.iter().map(|(resource, trouble)| Problem {
+            object: "API server".to_owned(),
+            field: resource.clone(),
+            message: format!("not followed: {trouble}"),
+        }));
         problems.into_iter().collect()
     }
 

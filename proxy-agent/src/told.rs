@@ -51,7 +51,8 @@ impl Told {
                 self.delta("EndpointSlice", delta, |slice| (slice.key.to_string(), &slice.problems))
             }
             Change::Node(delta) => self.delta("Node", delta, |node| (node.name.clone(), &node.problems)),
-            Change::OwnAddresses(_) => Vec::new(),
+            // Those who follow say that themselves.
+            Change::OwnAddresses(_) | Change::Following { .. } => Vec::new(),
             Change::Mended(object) => self.tell(Source::Object, object.clone(), BTreeSet::new()),
         }
     }

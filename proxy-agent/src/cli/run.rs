@@ -6,7 +6,7 @@ use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
-use super::options::{ControlArgs, ManifestArgs, NodeArgs, PinArgs, PolicyArgs};
+use super::options::{ControlArgs, KubeArgs, ManifestArgs, NodeArgs, PinArgs, PolicyArgs};
 use crate::agent::{Agent, Config};
 use crate::control;
 use crate::dataplane::Limits;
@@ -16,12 +16,8 @@ use crate::source::{addresses, files, kube};
 pub(super) struct RunArgs {
     #[command(flatten)]
     manifests: ManifestArgs,
-    /// Kubeconfig file; without it and without --manifests: the in-cluster service account.
-    #[arg(long, value_name = "FILE", conflicts_with = "manifests")]
-    kubeconfig: Option<PathBuf>,
-    /// URL of the API server, over the kubeconfig's. A cluster IP does not work before a proxy runs.
-    #[arg(long, value_name = "URL", conflicts_with = "manifests", env = "SHEAVE_MASTER")]
-    master: Option<String>,
+    #[command(flatten)]
+    kube: KubeArgs,
     #[command(flatten)]
     node: NodeArgs,
     /// Serve processes in this cgroup and below; by default the root of the cgroup v2 hierarchy.
@@ -94,14 +90,7 @@ impl RunArgs {
                 entries.with_context(|| format!("--manifests: read directory {}", directory.display()))?;
                 Source::Files(directory.clone())
             }
-            None => {
-                let options = kube::KubeOptions {
-                    kubeconfig: self.kubeconfig.clone(),
-                    master: self.master.clone(),
-                    context: None,
-                };
-                Source::Kube(kube::client(&options).await.context("find the API server")?)
-            }
+            None => Source::Kube(kube::connect(&self.kube.options()).await.context("find the API server")?),
         };
         // A second agent in the same pin directory, or on the same socket, ends here, before it writes anything.
         config.pins.prepare()?;
@@ -120,8 +109,8 @@ impl RunArgs {
                 let result = files::run(directory.clone(), changes).await;
                 result.with_context(|| format!("follow the manifests in {}", directory.display()))
             }),
-            Source::Kube(client) => sources.spawn(async move {
-                kube::run(client, node_name, changes).await;
+            Source::Kube(connection) => sources.spawn(async move {
+                kube::run(connection.client, node_name, changes).await;
                 Ok(())
             }),
         };
@@ -144,7 +133,7 @@ impl RunArgs {
 /// Where objects come from.
 enum Source {
     Files(PathBuf),
-    Kube(::kube::Client),
+    Kube(kube::Connection),
 }
 
 /// Before anything is touched: the kernel's own answer to a wrong directory names neither it nor the flag.

@@ -49,7 +49,7 @@ fn show(changes: impl IntoIterator<Item = Change>) -> Vec<String> {
             Change::Service(d) => delta("svc", d, |s: &Service| s.key.clone()),
             Change::Slice(d) => delta("slice", d, |s: &Slice| s.key.clone()),
             Change::Node(d) => delta("node", d, |n| ObjectKey::new("", n.name.clone())),
-            Change::OwnAddresses(_) => vec![],
+            Change::OwnAddresses(_) | Change::Following { .. } => vec![],
             Change::Mended(object) => vec![format!("~{object}")],
         })
         .collect()
@@ -65,7 +65,8 @@ fn services(changes: &[Change]) -> Vec<Service> {
             | Change::Slice(_)
             | Change::Node(_)
             | Change::OwnAddresses(_)
-            | Change::Mended(_) => vec![],
+            | Change::Mended(_)
+            | Change::Following { .. } => vec![],
         })
         .collect()
 }

@@ -18,12 +18,20 @@ pub(super) trait Slim: Clone + Debug + Send + 'static {
     type Api: Resource<DynamicType = ()> + DeserializeOwned;
     /// Its name, for people.
     const KIND: &'static str;
+    /// What follows if it may not be read.
+    const LOSS: &'static str;
+    /// Its resource, as roles name it.
+    fn plural() -> String {
+        Self::Api::plural(&()).into_owned()
+    }
     fn slim(object: &Self::Api) -> Self;
 }
 
 impl Slim for Service {
     type Api = core::Service;
     const KIND: &'static str = "Service";
+    const LOSS: &'static str =
+        "without Services nothing is programmed at the start, and later nothing changes";
     fn slim(object: &core::Service) -> Self {
         object::service(object)
     }
@@ -32,6 +40,8 @@ impl Slim for Service {
 impl Slim for Slice {
     type Api = discovery::EndpointSlice;
     const KIND: &'static str = "EndpointSlice";
+    const LOSS: &'static str = "without EndpointSlices nothing is programmed at the start, and later connections go to \
+                                endpoints that may be gone";
     fn slim(object: &discovery::EndpointSlice) -> Self {
         object::slice(object)
     }
@@ -40,6 +50,8 @@ impl Slim for Slice {
 impl Slim for Node {
     type Api = core::Node;
     const KIND: &'static str = "Node";
+    const LOSS: &'static str = "without the own Node nothing is programmed at the start, and later its zone (hints), its \
+                                addresses (NodePorts) and its pod ranges (externalTrafficPolicy) stay as they were";
     fn slim(object: &core::Node) -> Self {
         object::node(object)
     }
