@@ -221,9 +221,12 @@ impl Model {
     /// What is odd about this node as a whole, sorted: what follows from the Node's state and the options (N2, M1), or
     /// that there is no such Node.
     pub fn node_problems(&self) -> Vec<Problem> {
+        if !self.nodes.complete {
+            return Vec::new();
+        }
         let mut problems = self.facts.problems.clone();
         // O4: a wrong name makes every endpoint remote, and nothing else would say so.
-        if self.context.node.is_none() && self.nodes.complete {
+        if self.context.node.is_none() {
             problems.push(Problem {
                 object: format!("Node {}", self.context.node_name),
                 field: String::new(),

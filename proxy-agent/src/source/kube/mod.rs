@@ -82,7 +82,23 @@ async fn follow<T: Slim>(
         let api = Api::<Checked<T>>::all(client.clone());
         let mut events = pin!(watcher::watcher(api, config.clone()));
         let mut list = Vec::new();
-        while let Some(event) = events.next().await {
+        loop {
+            let quiet = async {
+                match trouble.over_after() {
+                    Some(after) => tokio::time::sleep(after).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let event = tokio::select! {
+                event = events.next() => event,
+                () = quiet => {
+                    if trouble.over() && tx.send(vec![following(None)]).is_err() {
+                        return;
+                    }
+                    continue;
+                }
+            };
+            let Some(event) = event else { break };
             let delta = match event {
                 Ok(Event::Init) => {
                     // Said before anything is asked, so no sign that the server is back.
@@ -108,7 +124,8 @@ async fn follow<T: Slim>(
                     continue;
                 }
             };
-            let mut batch: Batch = trouble.over().then(|| following(None)).into_iter().collect();
+            let over = if let Delta::List(_) = delta { trouble.listed() } else { trouble.over() };
+            let mut batch: Batch = over.then(|| following(None)).into_iter().collect();
             batch.extend(change(delta));
             if !batch.is_empty() && tx.send(batch).is_err() {
                 return;

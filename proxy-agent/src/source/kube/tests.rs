@@ -348,7 +348,7 @@ async fn o6_a_missing_right_is_named_once() {
     )]);
     assert_eq!(run.next().await, Some(Change::Node(Delta::List(vec![]))));
     assert!(run.next().await.is_none());
-    let [first, broken, again, over, watch] = run.said.as_slice() else { panic!("{:?}", run.said) };
+    let [first, broken, again, over, watch, allowed] = run.said.as_slice() else { panic!("{:?}", run.said) };
     assert!(run.said.iter().all(|(resource, _)| resource == "nodes"));
     assert!(
         first.1.starts_with(&format!("list nodes: {message} (403 Forbidden); without the own Node")),
@@ -358,6 +358,32 @@ async fn o6_a_missing_right_is_named_once() {
     assert!(broken.1.starts_with("list nodes: ") && broken.1.contains("connection reset"), "{}", broken.1);
     assert_eq!((again, over.1.as_str()), (first, "-"));
     assert!(watch.1.starts_with("watch nodes: "), "{}", watch.1);
+    assert_eq!(allowed.1, "-", "the next one was not refused");
+}
+
+/// A list that is allowed is no sign that a watch is: what is missing is said once, and the lists go on.
+#[tokio::test(start_paused = true)]
+async fn o6_a_watch_that_is_not_allowed_is_named_once() {
+    let forbidden = || Answer::Status(403, status(403, "cannot watch"));
+    let list = |version| Answer::List(version, vec![svc("a", version)]);
+    let mut answers = vec![];
+    for round in 0..4 {
+        answers.extend([list(round + 1), forbidden(), forbidden(), forbidden()]);
+    }
+    answers.extend([list(9), Answer::Watch(vec![event("ADDED", svc("b", 10))])]);
+    let mut run = Run::start([("services", answers)]);
+    for _ in 0..5 {
+        assert_eq!(run.next_service().await, "list ns/a");
+    }
+    assert_eq!(run.next_service().await, "apply ns/b");
+    let said: Vec<&str> = run.said.iter().map(|(_, what)| what.split(';').next().unwrap()).collect();
+    assert_eq!(said, ["watch services: cannot watch (403 cannot watch)", "-"]);
+
+    // Nothing comes from the watch that is allowed at last: that it stays is enough.
+    let mut run = Run::start([("services", vec![list(1), forbidden()])]);
+    assert_eq!(run.next_service().await, "list ns/a");
+    assert_eq!(run.next_service().await, "nothing");
+    assert_eq!(run.said.last().unwrap().1, "-");
 }
 
 /// S3, O6: one list of each kind with the selectors of `run`, page after page.

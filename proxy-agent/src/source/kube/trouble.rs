@@ -17,6 +17,8 @@ pub(super) struct Trouble {
     /// What was said last, and when: once is enough.
     said: Option<(String, Instant)>,
     refused_watches: u32,
+    /// The last error was that watching is not allowed: then a list that is allowed is no sign that it is over.
+    forbidden_watch: bool,
 }
 
 /// What follows from an error.
@@ -34,6 +36,8 @@ impl Trouble {
     const LOG_AGAIN: Duration = Duration::from_secs(300);
     /// So many watches in a row refused: the version that they start from is not one that the server can serve.
     const REFUSED_WATCHES: u32 = 3;
+    /// A watch that is not allowed is refused at once; one that has not been for so long is allowed again.
+    const WATCH_ALLOWED_AFTER: Duration = Duration::from_secs(10);
 
     pub(super) fn new<T: Slim>() -> Self {
         Self {
@@ -42,13 +46,16 @@ impl Trouble {
             backoff: DefaultBackoff::default(),
             said: None,
             refused_watches: 0,
+            forbidden_watch: false,
         }
     }
 
     /// Notes an error.
     pub(super) fn on(&mut self, error: &watcher::Error) -> Next {
         let mut reason = reason(verb(error), &self.plural, error);
-        if is_forbidden(error) {
+        let forbidden = is_forbidden(error);
+        self.forbidden_watch = forbidden && verb(error) == WATCH;
+        if forbidden {
             reason = format!("{reason}; {}", self.loss);
         }
         let (known, recent) = match &self.said {
@@ -89,9 +96,20 @@ impl Trouble {
         Next { wait, again, news: (!known).then_some(reason) }
     }
 
+    /// If nothing happens for so long, the trouble is over.
+    pub(super) fn over_after(&self) -> Option<Duration> {
+        self.forbidden_watch.then_some(Self::WATCH_ALLOWED_AFTER)
+    }
+
+    /// A list is complete. Returns whether this ends trouble.
+    pub(super) fn listed(&mut self) -> bool {
+        !self.forbidden_watch && self.over()
+    }
+
     /// The server answers. Returns whether there was trouble.
     pub(super) fn over(&mut self) -> bool {
         self.refused_watches = 0;
+        self.forbidden_watch = false;
         let had = self.said.take().is_some();
         if had {
             info!(resource = self.plural, "the API server answers again");
@@ -101,12 +119,14 @@ impl Trouble {
     }
 }
 
+const WATCH: &str = "watch";
+
 fn verb(error: &watcher::Error) -> &'static str {
     match error {
         watcher::Error::InitialListFailed(_) | watcher::Error::NoResourceVersion => "list",
         watcher::Error::WatchStartFailed(_)
         | watcher::Error::WatchError(_)
-        | watcher::Error::WatchFailed(_) => "watch",
+        | watcher::Error::WatchFailed(_) => WATCH,
     }
 }
 
