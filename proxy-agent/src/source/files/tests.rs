@@ -435,6 +435,30 @@ async fn writes_renames_links_and_deletes_are_followed() {
     assert!(live.rx.is_empty() && live.rest.is_empty());
 }
 
+/// However often a file is renamed, and however late that is read, its objects are never missing.
+#[tokio::test]
+async fn a_file_that_is_renamed_again_before_it_is_read_is_not_gone() {
+    let mut live = Live::start(|dir| fs::write(dir.join("0.yaml"), service("a", "10.0.0.1")).unwrap()).await;
+    // Long enough to be read while the names go on changing.
+    for round in 0..300 {
+        for step in 0..5 {
+            let name = |number: u32| live.path(&format!("{number}.yaml"));
+            fs::rename(name(round * 5 + step), name(round * 5 + step + 1)).unwrap();
+        }
+        tokio::time::sleep(Duration::from_micros(u64::from(round))).await;
+    }
+    fs::write(live.path("last.yaml"), service("last", "10.0.0.2")).unwrap();
+    loop {
+        match live.next().await.as_str() {
+            "+svc default/a" => {}
+            other => {
+                assert_eq!(other, "+svc default/last");
+                break;
+            }
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_file_that_is_being_written_is_not_read() {
     use std::io::Write as _;
