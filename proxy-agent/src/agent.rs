@@ -12,14 +12,15 @@ use crate::claims::FrontendId;
 use crate::control::{Question, Reply, Request};
 use crate::dataplane::bpf::Kernel;
 use crate::dataplane::{Dataplane, Limits};
-use crate::kernel::{self, Loaded, Pins, Settings, devices};
+use crate::kernel::{self, Claim, Loaded, Pins, Settings, devices};
 use crate::model::{Model, OwnAddresses};
-use crate::object::{Batch, Change, Delta, ObjectKey, Problem, Read};
+use crate::object::{Batch, ObjectKey};
 use crate::packet::{self, PacketPath, flows};
 use crate::reconcile::{self, REST_MS, Reconciler, Report, WantedPort, WantedService};
 use crate::resolve::Policy;
 use crate::source::links::Link;
 use crate::status::Status;
+use crate::told::{News, Told};
 use crate::view;
 use crate::wanted::Wanted;
 
@@ -48,12 +49,16 @@ pub struct Config {
 /// See the module.
 pub struct Agent {
     config: Config,
+    /// Nobody else writes.
+    _claim: Claim,
     model: Model,
     wanted: Wanted,
     reconciler: Reconciler,
     kernel: Kernel,
     loaded: Loaded,
     packets: Option<PacketPath>,
+    /// Which tables `kernel` and `loaded` are of.
+    generation: u32,
     settings: Settings,
     started: Instant,
     /// Services whose last programming failed.
@@ -66,24 +71,24 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Loads the programs on what a former run left pinned, or on new tables. Writes nothing and attaches nothing yet
-    /// (Q1).
+    /// Loads the programs on what a former run left pinned, or on new tables; the pin directory is prepared and claimed.
+    /// Writes nothing and attaches nothing yet (Q1).
     ///
     /// # Errors
     /// If the kernel refuses something.
-    pub fn start(config: Config) -> Result<Self, kernel::Error> {
-        config.pins.prepare()?;
-        let generation = config.pins.generations()?.first().copied().unwrap_or(0);
+    pub fn start(config: Config, claim: Claim) -> Result<Self, kernel::Error> {
+        let generation = config.pins.newest()?.unwrap_or(0);
+        let tables = config.pins.tables(generation);
         let settings = Settings::of_this_host(!config.policy.no_packet_path)?;
         if !settings.set_retval {
             tracing::warn!(
                 "this kernel cannot refuse a connection with ECONNREFUSED (needs 5.18): left to the packet path"
             );
         }
-        let loaded = Loaded::load(&config.pins, generation, config.limits, settings)?;
-        let kernel = Kernel::of(&loaded, &config.pins)?;
-        let reconciler = Reconciler::adopt(&kernel)
-            .map_err(kernel::Error::path("read the frontends in", config.pins.tables(generation)))?;
+        let loaded = Loaded::load(&config.pins, &tables, config.limits, settings)?;
+        let kernel = Kernel::of(&tables, &config.pins)?;
+        let reconciler =
+            Reconciler::adopt(&kernel).map_err(kernel::Error::path("read the frontends in", &tables))?;
         let packets = if config.policy.no_packet_path {
             None
         } else {
@@ -93,12 +98,14 @@ impl Agent {
         Ok(Self {
             status: Status::new(&config, reconciler.adopted_frontends()),
             config,
+            _claim: claim,
             model,
             wanted: Wanted::default(),
             reconciler,
             kernel,
             loaded,
             packets,
+            generation,
             settings,
             started: Instant::now(),
             failed: BTreeMap::new(),
@@ -149,7 +156,7 @@ impl Agent {
 
     fn take(&mut self, batch: Batch) {
         for change in batch {
-            self.told.change(&change);
+            self.told.change(&change).iter().for_each(News::log);
             self.model.apply(change);
         }
     }
@@ -190,6 +197,7 @@ impl Agent {
         if !self.model.ready() || self.packets.as_ref().is_some_and(|packets| !packets.ready()) {
             return Ok(());
         }
+        self.told.node(&self.config.node_name, self.model.node_problems()).iter().for_each(News::log);
         let begun = Instant::now();
         let mut packet_writes = self.packets.as_mut().map_or(0, |packets| packets.prepare(&self.model));
         let mut dirty = self.model.take_dirty();
@@ -205,7 +213,7 @@ impl Agent {
         let affected = self.wanted.update(&self.model, &dirty);
         dirty.extend(affected);
         for key in &dirty {
-            self.told.service(key, self.wanted.problems_of(key));
+            self.told.service(key, self.wanted.problems_of(key)).iter().for_each(News::log);
         }
         let wanted: Vec<WantedService> = dirty.iter().map(|key| self.wanted_service(key)).collect();
         packet_writes += self.announce(&wanted);
@@ -273,7 +281,7 @@ impl Agent {
     /// Attaches the programs: the tables behind them are complete now, so whoever comes finds what is wanted.
     fn first_sync(&mut self, report: &Report) -> Result<(), kernel::Error> {
         let (made, updated) = self.loaded.attach(&self.config.cgroup)?;
-        self.config.pins.remove_others(self.loaded.generation)?;
+        self.config.pins.remove_others(self.generation)?;
         if self.packets.is_none() {
             // A former run had them on.
             for device in devices::hooked(&self.config.pins)?.into_keys() {
@@ -323,12 +331,12 @@ impl Agent {
     /// only a start with one set of tables puts right.
     fn move_to(&mut self, limits: Limits) -> Result<bool, kernel::Error> {
         tracing::info!(?limits, "moving to larger tables");
-        let generation = self.loaded.generation + 1;
+        let generation = self.generation + 1;
         let (mut loaded, kernel) = match self.fill(generation, limits) {
             Ok(filled) => filled,
             Err(error) => {
                 tracing::error!(error = &error as &dyn std::error::Error, "no larger tables");
-                if let Err(error) = self.config.pins.remove_tables(generation) {
+                if let Err(error) = self.config.pins.abandon(generation) {
                     tracing::warn!(error = &error as &dyn std::error::Error, "what was made of them stays");
                 }
                 return Ok(false);
@@ -340,7 +348,7 @@ impl Agent {
                 packets.switch(&loaded)?;
             }
         }
-        (self.loaded, self.kernel) = (loaded, kernel);
+        (self.loaded, self.kernel, self.generation) = (loaded, kernel, generation);
         if self.status.synced {
             self.config.pins.remove_others(generation)?;
         }
@@ -350,12 +358,13 @@ impl Agent {
     /// New tables with all that is written in them, and programs that use them. Nothing uses those programs yet.
     fn fill(&mut self, generation: u32, limits: Limits) -> Result<(Loaded, Kernel), kernel::Error> {
         let pins = &self.config.pins;
-        // Whatever an interrupted move left there is not complete.
-        pins.remove_tables(generation)?;
-        let loaded = Loaded::load(pins, generation, limits, self.settings)?;
-        let mut kernel = Kernel::of(&loaded, pins)?;
-        let filled = self.reconciler.move_to(&mut kernel);
-        filled.map_err(|failure| kernel::Error::path("fill", pins.tables(generation))(failure.error))?;
+        let tables = pins.begin(generation)?;
+        let loaded = Loaded::load(pins, &tables, limits, self.settings)?;
+        let mut kernel = Kernel::of(&tables, pins)?;
+        let filled = self.reconciler.copy_to(&mut kernel);
+        filled.map_err(|failure| kernel::Error::path("fill", &tables)(failure.error))?;
+        pins.complete(generation)?;
+        self.reconciler.moved_to(kernel.limits());
         Ok((loaded, kernel))
     }
 
@@ -395,7 +404,7 @@ impl Agent {
     fn answer(&self, question: Question) {
         let reply = match question.request {
             Request::Status => {
-                let problems = self.told.all();
+                let problems = view::plan::problems(&self.model, &self.wanted);
                 Reply::of(&self.status.view(&self.model, &self.failed, &problems, self.packets.as_ref()))
             }
             Request::Plan => Reply::rendered(&view::plan::plan_of(&self.model, &self.wanted), None),
@@ -444,82 +453,4 @@ fn serves(kernel: &Kernel, service: ServiceId) -> bool {
             backend.is(id) && backend.is_serving()
         })
     })
-}
-
-/// What was said about which object, so that the log says everything once.
-#[derive(Default)]
-struct Told {
-    by_object: BTreeMap<(Source, String), BTreeSet<Problem>>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Source {
-    Object,
-    Resolve,
-}
-
-impl Told {
-    fn change(&mut self, change: &Change) {
-        match change {
-            Change::Service(delta) => {
-                self.delta("Service", delta, |service| (service.key.to_string(), &service.problems))
-            }
-            Change::Slice(delta) => {
-                self.delta("EndpointSlice", delta, |slice| (slice.key.to_string(), &slice.problems))
-            }
-            Change::Node(delta) => self.delta("Node", delta, |node| (node.name.clone(), &node.problems)),
-            Change::OwnAddresses(_) => {}
-            Change::Mended(object) => self.tell(Source::Object, object.clone(), Vec::new()),
-        }
-    }
-
-    fn delta<T>(&mut self, kind: &str, delta: &Delta<T>, parts: impl Fn(&T) -> (String, &Vec<Problem>)) {
-        let mut one = |read: &Read<T>| match read {
-            Ok(object) => {
-                let (key, problems) = parts(object);
-                self.tell(Source::Object, format!("{kind} {key}"), problems.clone());
-            }
-            Err(unreadable) => {
-                let object = unreadable.problem.object.clone();
-                let mut problems = vec![unreadable.problem.clone()];
-                if unreadable.key.is_none() {
-                    // One file may have many; they hold until it is mended.
-                    let known = self.by_object.get(&(Source::Object, object.clone()));
-                    problems.extend(known.into_iter().flatten().cloned());
-                }
-                self.tell(Source::Object, object, problems);
-            }
-        };
-        match delta {
-            Delta::List(list) => list.iter().for_each(one),
-            Delta::Apply(read) => one(read),
-            Delta::Delete(key) => {
-                self.by_object.remove(&(Source::Object, format!("{kind} {key}")));
-            }
-        }
-    }
-
-    fn service(&mut self, key: &ObjectKey, problems: Vec<Problem>) {
-        self.tell(Source::Resolve, format!("Service {key}"), problems);
-    }
-
-    fn tell(&mut self, source: Source, object: String, problems: Vec<Problem>) {
-        let key = (source, object);
-        if problems.is_empty() {
-            if self.by_object.remove(&key).is_some() {
-                tracing::info!(object = key.1, "its problems are gone");
-            }
-            return;
-        }
-        let known = self.by_object.entry(key).or_default();
-        let problems: BTreeSet<Problem> = problems.into_iter().collect();
-        for problem in problems.difference(known) {
-            tracing::warn!(object = problem.object, field = problem.field, "{}", problem.message);
-        }
-        *known = problems;
-    }
-
-    fn all(&self) -> Vec<Problem> {
-        self.by_object.values().flatten().cloned().collect()
-    }
 }

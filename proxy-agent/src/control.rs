@@ -5,7 +5,7 @@ use std::fmt::Display;
 use std::fs;
 use std::io;
 use std::net::IpAddr;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use proxy_common::abi::ServiceId;
@@ -93,6 +93,14 @@ pub enum Error {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// Left over from an agent that ended.
+    #[error("remove control socket {path}")]
+    Remove {
+        /// The socket.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
     /// Another agent answers there.
     #[error("another agent runs: it answers on control socket {path}")]
     InUse {
@@ -102,6 +110,14 @@ pub enum Error {
     /// The asking side.
     #[error("no agent answers on control socket {path}: is `sheave run` running?")]
     Ask {
+        /// The socket.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The asking side may not ask.
+    #[error("asking the agent on control socket {path} needs root")]
+    Forbidden {
         /// The socket.
         path: PathBuf,
         /// The kernel's answer.
@@ -131,6 +147,18 @@ pub async fn listen(path: &Path) -> Result<UnixListener, Error> {
     let listener = UnixListener::bind(path).map_err(error)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(error)?;
     Ok(listener)
+}
+
+/// Removes a socket that nobody listens on. What is no socket is not ours, and stays.
+///
+/// # Errors
+/// If it cannot be removed.
+pub async fn remove_abandoned(path: &Path) -> Result<(), Error> {
+    let is_socket = fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
+    if !is_socket || UnixStream::connect(path).await.is_ok() {
+        return Ok(());
+    }
+    fs::remove_file(path).map_err(|source| Error::Remove { path: path.to_owned(), source })
 }
 
 /// Serves the socket for ever.
@@ -177,7 +205,10 @@ async fn converse(stream: UnixStream, questions: mpsc::Sender<Question>) -> io::
 /// If none answers, or it refuses.
 pub async fn ask(path: &Path, request: &Request) -> Result<Value, Error> {
     let error = |source| Error::Ask { path: path.to_owned(), source };
-    let mut stream = UnixStream::connect(path).await.map_err(error)?;
+    let mut stream = UnixStream::connect(path).await.map_err(|source| match source.kind() {
+        io::ErrorKind::PermissionDenied => Error::Forbidden { path: path.to_owned(), source },
+        _ => error(source),
+    })?;
     let mut bytes = serde_json::to_vec(request).map_err(|source| error(source.into()))?;
     bytes.push(b'\n');
     stream.write_all(&bytes).await.map_err(error)?;

@@ -21,5 +21,6 @@ pub mod reconcile;
 pub mod resolve;
 pub mod source;
 pub mod status;
+pub mod told;
 pub mod view;
 pub mod wanted;

@@ -31,6 +31,8 @@ pub struct Model {
     /// Slices of each Service, also of Services that are not there yet or no more (E3).
     slices_of: BTreeMap<ObjectKey, BTreeSet<ObjectKey>>,
     nodes: NodeState,
+    /// Resources of the API server that are not followed now, and why.
+    not_followed: BTreeMap<String, String>,
     own_addresses: OwnAddresses,
     own_addresses_known: bool,
     context: Context,
@@ -57,6 +59,7 @@ impl Model {
             slices: Store::default(),
             slices_of: BTreeMap::new(),
             nodes: NodeState::default(),
+            not_followed: BTreeMap::new(),
             own_addresses,
             own_addresses_known: own_addresses == OwnAddresses::FromNode,
             facts: NodeFacts::new(&context),
@@ -70,6 +73,10 @@ impl Model {
     pub fn apply(&mut self, change: Change) {
         match change {
             Change::Mended(object) => self.services.forget_nameless(&object),
+            Change::Following { resource, trouble } => match trouble {
+                Some(trouble) => drop(self.not_followed.insert(resource, trouble)),
+                None => drop(self.not_followed.remove(&resource)),
+            },
             Change::Service(delta) => {
                 for (key, _) in self.services.apply(delta) {
                     self.dirty.insert(key);
@@ -210,21 +217,35 @@ impl Model {
         problems.extend(self.services.problems().cloned());
         problems.extend(self.slices.problems().cloned());
         problems.extend(self.nodes.unreadable.iter().cloned());
-        problems.extend(self.facts.problems.iter().cloned());
-        match &self.context.node {
-            Some(node) => problems.extend(node.problems.iter().cloned()),
-            // O4: a wrong name makes every endpoint remote, and nothing else would say so.
-            None if self.nodes.complete => {
-                problems.insert(Problem {
-                    object: format!("Node {}", self.context.node_name),
-                    field: String::new(),
-                    message: "not found: without it this node has no zone and no pod range (O4, P9)"
-                        .to_owned(),
-                });
-            }
-            None => {}
-        }
+        problems.extend(self.context.node.iter().flat_map(|node| node.problems.iter().cloned()));
+        problems.extend(self.node_problems());
+        problems.extend(self.not_followed.iter().map(|(resource, trouble)| Problem {
+            object: "API server".to_owned(),
+            field: resource.clone(),
+            message: format!("not followed: {trouble}"),
+        }));
         problems.into_iter().collect()
+    }
+
+    /// What is odd about this node as a whole, sorted: what follows from the Node's state and the options (N2, M1), or
+    /// that there is no such Node.
+    pub fn node_problems(&self) -> Vec<Problem> {
+        if !self.nodes.complete {
+            return Vec::new();
+        }
+        let mut problems = self.facts.problems.clone();
+        // O4: a wrong name makes every endpoint remote, and nothing else would say so.
+        if self.context.node.is_none() {
+            problems.push(Problem {
+                object: format!("Node {}", self.context.node_name),
+                field: String::new(),
+                message: "not found: its zone, addresses and pod ranges are not known (P9); if this is not the name of \
+                          this node's Node (--node-name), every endpoint counts as remote (O4)"
+                    .to_owned(),
+            });
+            problems.sort();
+        }
+        problems
     }
 }
 

@@ -177,16 +177,16 @@ impl Tables for Maps {
     #[inline(always)]
     fn backend(&self, index: u32) -> Option<Backend> {
         let backend = BACKENDS.get_ptr(index)?;
-        // SAFETY: in bounds. The agent writes a new one only where no set has pointed for a while. A reader with a stale
-        // id may meet the writing; the generation that it checks is then 0 or another.
-        Some(unsafe { *backend })
+        // SAFETY: in bounds. The agent writes a new one only where no set has pointed for a while; a reader with a stale
+        // id may meet the writing.
+        unsafe { Backend::read(backend) }
     }
 
     #[inline(always)]
     fn affinity_entry(&self, key: &AffinityKey) -> Option<AffinityEntry> {
         let entry = AFFINITY.get_ptr(key)?;
         // SAFETY: always readable memory. An LRU element may be given to another key while it is read; what is read then
-        // is believed only if it names a live backend of the right set and epoch, which does not tell the Service.
+        // does not bear this key's seal.
         Some(unsafe { *entry })
     }
 
@@ -207,7 +207,7 @@ impl Tables for Maps {
         // Writing through the pointer costs a fifth of an update of an existing key (25 against 137 ns).
         if let Some(stored) = DATAGRAM_FLOWS.get_ptr_mut(key) {
             // SAFETY: always writable memory of the map. If the element changes hands at this moment, or two threads send
-            // on one socket, a flow may be mixed up until it is next chosen.
+            // on one socket, a flow may be mixed up; its seal then tells unless it is one of the same Service.
             unsafe { *stored = *flow };
         } else {
             let _ = DATAGRAM_FLOWS.insert(key, flow, 0);

@@ -5,6 +5,7 @@ use std::{
     fs::{self, OpenOptions},
     io::Write as _,
     os::unix::{net::UnixStream, process::ExitStatusExt},
+    os::{fd::AsRawFd as _, unix::process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
     thread,
@@ -60,6 +61,25 @@ pub fn sheave(node: &Node, arguments: &[&str]) -> Result<Output> {
     run_against(&mut command, arguments, &directory.join("bpffs"), &directory.join("agent.sock"))
 }
 
+/// The same as a user without any rights.
+pub fn sheave_as_nobody(node: &Node, arguments: &[&str]) -> Result<Output> {
+    const NOBODY: u32 = 65_534;
+    let program = binary("sheave", "SHEAVE_BIN")?;
+    // By descriptor: nobody may not search the directories that lead to it.
+    let file = fs::File::open(&program).with_context(|| format!("opening {}", program.display()))?;
+    let mut command = node.host().command(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    // SAFETY: between fork and exec the closure makes system calls only.
+    unsafe {
+        command.pre_exec(|| {
+            nix::unistd::setgroups(&[])?;
+            nix::unistd::setresgid(NOBODY.into(), NOBODY.into(), NOBODY.into())?;
+            Ok(nix::unistd::setresuid(NOBODY.into(), NOBODY.into(), NOBODY.into())?)
+        });
+    }
+    let directory = node.directory();
+    run_against(&mut command, arguments, &directory.join("bpffs"), &directory.join("agent.sock"))
+}
+
 /// Says to a command where its agent and its tables are.
 fn run_against(
     command: &mut Command,
@@ -69,9 +89,7 @@ fn run_against(
 ) -> Result<Output> {
     command.args(arguments);
     let verb = arguments.first().copied().unwrap_or_default();
-    if verb != "cleanup" {
-        command.arg("--control-socket").arg(control_socket);
-    }
+    command.arg("--control-socket").arg(control_socket);
     if verb != "plan" {
         command.arg("--bpffs").arg(bpffs);
     }

@@ -335,3 +335,46 @@ fn explain_shows_the_affinity_of_a_client() {
     }
     assert_eq!(explain(&at(V4, FIRST_PORT + 1).unwrap().to_string())["affinity"], Value::Null);
 }
+
+/// A4: what `sheave explain` shows is what rules this client: not the other set's choice because that is younger, nothing
+/// that is in no set any more, and not what another client of this machine has.
+#[test]
+fn a4_explain_shows_what_rules() {
+    let mut scene = Scene::with(Shape { nodes: 2, pods: 2 }, &[]).unwrap();
+    scene.serve().unwrap();
+    for node in scene.lab().nodes() {
+        scene.lab().manifests().write(node.name(), &[lab_node(node)]).unwrap();
+    }
+    let both = [(0, 0), (1, 0)];
+    let service = || sticky("web", Some(1000)).set("spec.internalTrafficPolicy", "Local");
+    apply(&scene, service(), &both);
+    let pod = scene.pod(1).unwrap();
+    let client = pod.client().unwrap();
+    let affinity = |from: &str, to: std::net::SocketAddr| -> Value {
+        let to = format!("{to}/TCP");
+        let arguments = ["explain", "--from", from, "--to", &to, "-o", "json"];
+        let output = scene.agent().unwrap().ask(&arguments).unwrap();
+        let explanation: Value = serde_json::from_slice(&output.stdout).unwrap();
+        explanation["affinity"]["endpoint"].clone()
+    };
+    let [here, there] = both.map(|(node, pod)| {
+        let pod = scene.lab().node(node).unwrap().pod(pod).unwrap();
+        (pod.name().to_owned(), json!(format!("{}:{TARGET}", pod.v4())))
+    });
+    let ask = |port| reach(&client, Transport::Tcp, Dial::new(at(NODE_V4, port).unwrap())).unwrap().answer;
+    // The cluster set rules NodePorts, and some port chooses the other node's endpoint.
+    let index = (0..PORTS).find(|index| ask(FIRST_NODE_PORT + index) == Some(there.0.clone())).unwrap();
+    let cluster_ip = at(V4, FIRST_PORT + index).unwrap();
+    let node_port = at(NODE_V4, FIRST_NODE_PORT + index).unwrap();
+    let from = pod.v4().to_string();
+    assert_eq!(affinity(&from, node_port), there.1);
+    assert_eq!(affinity(&from, cluster_ip), Value::Null, "an endpoint that is not in the local set");
+    assert_eq!(reach(&client, Transport::Tcp, Dial::new(cluster_ip)).unwrap().answer, Some(here.0));
+    ask(FIRST_NODE_PORT + index);
+    assert_eq!([cluster_ip, node_port].map(|to| affinity(&from, to)), [here.1.clone(), there.1]);
+    // Every namespace has a loopback address.
+    assert_eq!(affinity("127.0.0.1", cluster_ip), Value::Null);
+    // What is in no set any more does not count; the other set's choice does, where it is in this one.
+    apply(&scene, service(), &both[..1]);
+    assert_eq!([cluster_ip, node_port].map(|to| affinity(&from, to)), [here.1.clone(), here.1]);
+}

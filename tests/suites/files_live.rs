@@ -360,9 +360,8 @@ fn files_are_renamed_moved_and_deleted() {
     let spec = LoopSpec::new(Transport::Tcp, dial()).pause(Duration::from_micros(200));
     let watch = client.start_loop(spec).unwrap();
     for _ in 0..20 {
-        // One at a time: a file that is renamed again before it could be read is nowhere for a moment.
+        // A file that is renamed again before it could be read is somewhere all the time, too.
         fs::rename(path("web.yaml"), path("a.yaml")).unwrap();
-        scene.settle().unwrap();
         fs::rename(path("a.yaml"), path("web.yml")).unwrap();
         scene.settle().unwrap();
         fs::rename(path("web.yml"), path("web.yaml")).unwrap();
@@ -452,4 +451,29 @@ fn how_soon_a_change_is_visible() {
     let (p50, p99, most) = (took[CHANGES / 2], took[CHANGES * 99 / 100], took[CHANGES - 1]);
     println!("from rename() to a connection that goes there: p50 {p50:?}, p99 {p99:?}, at most {most:?}");
     assert!(p50 < SMALL_WITHIN, "{took:?}");
+}
+
+/// N2, O4: what is odd about the whole node is in the log, once for each change, and in `sheave status`.
+#[test]
+fn n2_o4_what_is_odd_about_the_node_is_said() {
+    let mut scene = Scene::without_agent(Shape { nodes: 1, pods: 1 }, &[]).unwrap();
+    scene.lab().manifests().remove("node").unwrap();
+    scene.start_agent().unwrap();
+    let said = |what: &str| scene.agent().unwrap().log_tail().matches(what).count();
+    let (open, missing) = ("NodePorts are open on all IPv4 addresses", "not found: its zone");
+    let found = problems(&scene);
+    assert!(
+        [open, missing].iter().all(|what| found.iter().any(|(_, _, text)| text.contains(what))),
+        "{found:?}"
+    );
+    for number in 0..3 {
+        scene.apply(&format!("web-{number}"), &[]).unwrap();
+    }
+    assert_eq!((said(open), said(missing)), (1, 1), "{}", scene.agent().unwrap().log_tail());
+    let text = scene.agent().unwrap().ask(&["status"]).unwrap();
+    assert!(!String::from_utf8(text.stdout).unwrap().contains("every endpoint is remote"));
+
+    scene.apply("node", &[lab_node(scene.node().unwrap())]).unwrap();
+    assert_eq!(problems(&scene), []);
+    assert_eq!(said("its problems are gone"), 1);
 }

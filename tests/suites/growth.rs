@@ -105,7 +105,7 @@ fn q5_without_larger_tables_what_fits_is_served() {
     let client = scene.pod(0).unwrap().client().unwrap();
     let dial = |number| Dial::new(at(&vip(number), 80).unwrap()).timeout(Duration::from_secs(2));
     // A mount point cannot be removed, so the next generation cannot be made.
-    let next = Pins::new(scene.node().unwrap().directory().join("bpffs")).tables(1);
+    let next = Pins::new(scene.node().unwrap().directory().join("bpffs")).filling(1);
     fs::create_dir(&next).unwrap();
     mount(Some("bpf"), &next, Some("bpf"), MsFlags::empty(), None::<&str>).unwrap();
     for number in 2..=MANY {
@@ -127,5 +127,39 @@ fn q5_without_larger_tables_what_fits_is_served() {
     .unwrap();
     for number in 1..=MANY {
         reach(&client, Transport::Tcp, dial(number)).unwrap();
+    }
+}
+
+/// Q2: the first sync had to grow, the programs are attached, and the agent ends before it has removed the old tables. The
+/// ids that the kernel remembers (affinity, flows) are those of the new ones.
+#[test]
+fn q2_what_is_attached_is_adopted_although_older_tables_are_left() {
+    let mut scene = Scene::with(Shape { nodes: 1, pods: 2 }, &SMALL).unwrap();
+    scene.serve().unwrap();
+    scene.apply("svc-1", &sticky(&scene, 1)).unwrap();
+    scene.take_agent().unwrap().kill().unwrap();
+    for number in 2..=MANY {
+        scene.lab().manifests().write(&format!("svc-{number}"), &sticky(&scene, number)).unwrap();
+    }
+    // A mount point cannot be removed: that ends the agent, right after it attached.
+    let pins = Pins::new(scene.node().unwrap().directory().join("bpffs"));
+    let old = pins.tables(0).join("in-the-way");
+    fs::create_dir(&old).unwrap();
+    mount(Some("bpf"), &old, Some("bpf"), MsFlags::empty(), None::<&str>).unwrap();
+    assert!(scene.start_agent().is_err());
+    umount(&old).unwrap();
+    assert_eq!(pins.newest().unwrap(), Some(1));
+    assert!(pins.tables(0).exists(), "what this test is about");
+    let client = scene.pod(0).unwrap().client().unwrap();
+    let dial = |number| Dial::new(at(&vip(number), 80).unwrap()).timeout(Duration::from_secs(2));
+    let before = reach(&client, Transport::Tcp, dial(MANY)).unwrap().answer;
+
+    scene.start_agent().unwrap();
+    let status = scene.agent().unwrap().status().unwrap();
+    assert_eq!(status["writes"], 0, "{status}");
+    assert_eq!(status["adopted_frontends"], status["frontends"], "{status}");
+    assert!(!pins.tables(0).exists());
+    for _ in 0..10 {
+        assert_eq!(reach(&client, Transport::Tcp, dial(MANY)).unwrap().answer, before);
     }
 }

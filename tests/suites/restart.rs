@@ -11,7 +11,7 @@ use std::{
 
 use serde_json::{Value, json};
 use sheave_tests::{
-    agent::{Agent, Source, sheave},
+    agent::{Agent, Source, sheave, sheave_as_nobody},
     bpf, cgroup,
     client::Client,
     lab::{Place, Shape},
@@ -242,6 +242,13 @@ fn a_link_of_another_cgroup_is_replaced() {
         agent.kill().unwrap();
         if cgroup_root == gone {
             cgroup::remove(&gone).unwrap();
+            let expected = "0 of 8 attached; 8 links are of a cgroup that is gone";
+            eventually("links of a cgroup that is gone do not count", || {
+                let text = String::from_utf8(sheave(node, &["status"])?.stdout)?;
+                anyhow::ensure!(text.contains(expected), "{text}");
+                Ok(())
+            })
+            .unwrap();
         }
     }
 }
@@ -254,12 +261,15 @@ fn a_second_agent_refuses_to_start() {
     let node = scene.node().unwrap();
     let programs = bpf::programs_of(node.cgroup()).unwrap();
     let before = scene.agent().unwrap().status().unwrap();
+    let socket = scene.agent().unwrap().control_socket().to_owned();
+    // Also when nobody answers on its control socket.
+    fs::rename(&socket, socket.with_extension("away")).unwrap();
     let second = Agent::spawn(scene.lab(), node, &[] as &[&str]).unwrap();
-    let log = second.log().to_owned();
     assert!(!second.wait_ended(STARTED_WITHIN).unwrap().success());
-    let log = fs::read_to_string(log).unwrap();
-    let socket = scene.agent().unwrap().control_socket();
-    assert!(log.contains("another agent runs") && log.contains(socket.to_str().unwrap()), "{log}");
+    assert!(!socket.exists());
+    fs::rename(socket.with_extension("away"), &socket).unwrap();
+    let log = fs::read_to_string(scene.agent().unwrap().log()).unwrap();
+    assert!(log.contains("another agent runs: it holds the pin directory"), "{log}");
     assert_eq!(bpf::programs_of(node.cgroup()).unwrap(), programs);
     let after = scene.agent().unwrap().status().unwrap();
     assert_eq!((&after["writes"], &after["agent"]), (&before["writes"], &json!("running")));
@@ -329,12 +339,19 @@ fn cleanup_leaves_nothing() {
     assert!(maps.iter().all(|id| bpf::map_exists(*id).unwrap()));
     let client = scene.pod(2).unwrap().client().unwrap();
     let held = client.hold(vip(), 3).unwrap();
-    scene.take_agent().unwrap().stop().unwrap();
+    let socket = scene.agent().unwrap().control_socket().to_owned();
+    let output = sheave(node, &["cleanup"]).unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1) && said.contains("end the agent first"), "{output:?}");
+    everything_works(&client, &["pod-1-1", "pod-1-2"]);
+    assert_eq!(bpf::programs_of(node.cgroup()).unwrap(), programs);
+    scene.take_agent().unwrap().kill().unwrap();
+    assert!(socket.exists());
 
     let node = scene.node().unwrap();
     let output = sheave(node, &["cleanup"]).unwrap();
     assert!(output.status.success() && output.stdout.starts_with(b"removed"), "{output:?}");
-    assert!(!pins.exists());
+    assert!(!pins.exists() && !socket.exists());
     assert!(fail(&client, Transport::Tcp, vip().timeout(SOON)).unwrap().is_timeout());
     let after = client.check_held(held.id).unwrap();
     assert_eq!(after.alive, 3, "established connections go on: {after:?}");
@@ -376,6 +393,13 @@ fn status_says_whether_an_agent_runs() {
     let (code, document, text) = ask(&scene);
     assert_eq!((code, &document["agent"], attached(&document)), (Some(1), &json!("not running"), 8));
     assert!(text.contains("not running") && text.contains("8 of 8 attached"), "{text}");
+    // Who may not look is not told that there is nothing.
+    for verb in [&["status"][..], &["plan"], &["get", "services"]] {
+        let output = sheave_as_nobody(scene.node().unwrap(), verb).unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(1) && said.contains("needs root"), "{verb:?}: {output:?}");
+        assert!(output.stdout.is_empty(), "{verb:?}: {output:?}");
+    }
     assert!(sheave(scene.node().unwrap(), &["cleanup"]).unwrap().status.success());
     let (code, document, _) = ask(&scene);
     assert_eq!((code, attached(&document)), (Some(1), 0));

@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use aya::maps::{HashMap, Map, MapData, MapError};
 use nix::sched::{CloneFlags, setns};
 use nix::time::{ClockId, clock_gettime};
-use proxy_common::abi::{AffinityEntry, AffinityKey, AffinitySlot, ClientKey, ServiceId};
+use proxy_common::abi::{AffinityEntry, AffinityKey, AffinitySlot, ClientKey, Origin, ServiceId, WhichSet};
 use serde::Serialize;
 
 use crate::dataplane::Dataplane;
@@ -27,44 +27,67 @@ pub(super) struct AffinityView {
     pub(super) expires_in_seconds: u64,
 }
 
-/// Where session affinity sends `client`, if it has a live entry for this record. A hook knows a client by its network
-/// namespace, the packet path by its address: whichever was used last counts.
-pub(super) fn of(pins: &Pins, service: ServiceId, client: IpAddr) -> Result<Option<AffinityView>> {
+/// Whom affinity is asked about.
+pub(super) struct Client {
+    /// Its address.
+    pub(super) address: IpAddr,
+    /// Where it is, by the rules: as a hook sees it.
+    pub(super) origin: Origin,
+}
+
+/// Where session affinity sends a client that is served from the set `which`, if it has an entry that counts: alive, and in
+/// that set (A4). A hook knows a client by its network namespace, the packet path by its address: if it has entries as
+/// both, whichever was used last is shown.
+pub(super) fn of(
+    pins: &Pins,
+    service: ServiceId,
+    which: WhichSet,
+    client: &Client,
+) -> Result<Option<AffinityView>> {
     let Some(kernel) = Kernel::open(pins).context("open the tables")? else { return Ok(None) };
     let word = kernel.record(service).affinity;
     if word.timeout_s() == 0 {
         return Ok(None);
     }
-    let map = programs::open_pinned(pins, 0, "AFFINITY").context("open the affinity table")?;
+    let map = programs::open_pinned(&pins.state(), "AFFINITY").context("open the affinity table")?;
     let map: HashMap<MapData, AffinityKey, AffinityEntry> =
         Map::from_map_data(map).and_then(TryInto::try_into).context("use the affinity table")?;
-    let cookies = netns_cookies(client).into_iter().map(ClientKey::netns);
     let now_ns = std::time::Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?).as_nanos();
-    let mut best: Option<(AffinitySlot, u64)> = None;
-    for key in cookies.chain([ClientKey::address(client.into())]) {
+    let mut best: Option<(u64, AffinityView)> = None;
+    for key in keys(client) {
         let entry = match map.get(&AffinityKey::new(service, key), 0) {
             Ok(entry) => entry,
             Err(MapError::KeyNotFound) => continue,
             Err(error) => return Err(error).context("read the affinity table"),
         };
-        if entry.epoch != word.epoch() {
+        if !entry.is_of(service) || entry.epoch != word.epoch() {
             continue;
         }
-        for slot in [entry.cluster, entry.local] {
+        let (this, other) = entry.slots(which);
+        let usable = |slot: AffinitySlot| {
             let age_ns = now_ns.saturating_sub(u128::from(slot.renewed_ns));
             let age_s = u64::try_from(age_ns / 1_000_000_000).unwrap_or(u64::MAX);
             let left_s = u64::from(word.timeout_s()).saturating_sub(age_s);
-            let alive = left_s > 0 && kernel.backend(slot.backend.index()).is(slot.backend);
-            if alive && best.is_none_or(|(known, _)| known.renewed_ns < slot.renewed_ns) {
-                best = Some((slot, left_s));
-            }
-        }
+            let backend = kernel.backend(slot.backend.index());
+            let counts = left_s > 0 && backend.is(slot.backend) && backend.is_in(which);
+            let endpoint = SocketAddr::new(backend.address.ip(), backend.port.number()).to_string();
+            counts.then_some((slot.renewed_ns, AffinityView { endpoint, expires_in_seconds: left_s }))
+        };
+        let found = usable(this).or_else(|| usable(other));
+        best = best.into_iter().chain(found).max_by_key(|(renewed_ns, _)| *renewed_ns);
     }
-    Ok(best.map(|(slot, expires_in_seconds)| {
-        let backend = kernel.backend(slot.backend.index());
-        let endpoint = SocketAddr::new(backend.address.ip(), backend.port.number()).to_string();
-        AffinityView { endpoint, expires_in_seconds }
-    }))
+    Ok(best.map(|(_, view)| view))
+}
+
+/// Under what a client may be known. The node is one namespace, this one; every namespace has a loopback address.
+fn keys(client: &Client) -> Vec<ClientKey> {
+    let cookies = match client.origin {
+        Origin::Node => netns_cookie().into_iter().collect(),
+        Origin::Pod => netns_cookies(client.address),
+        Origin::Elsewhere => Vec::new(),
+    };
+    let address = ClientKey::address(client.address.into());
+    cookies.into_iter().map(ClientKey::netns).chain([address]).collect()
 }
 
 /// Cookies of the network namespaces on this machine that have this address on an interface.

@@ -3,7 +3,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Args;
+use serde_json::Value;
 
+use super::affinity::Client;
 use super::options::PinArgs;
 use super::plan::OfflineArgs;
 use super::{Output, affinity, print};
@@ -42,8 +44,15 @@ impl ExplainArgs {
         let to = format!("{}/{}", self.to.at, self.to.protocol.name());
         let Rendered { mut document, mut text, service_id } =
             self.offline.ask(&Request::Explain { from: self.from, to })?;
-        let affinity =
-            service_id.map(|id| affinity::of(&self.pins.pins(), id, self.from)).transpose()?.flatten();
+        let field = |name| document.get(name).and_then(Value::as_str);
+        let which = field("set").and_then(view::set_named);
+        let origin = field("origin").and_then(view::origin_named);
+        let affinity = match (service_id, which, origin) {
+            (Some(id), Some(which), Some(origin)) => {
+                affinity::of(&self.pins.pins(), id, which, &Client { address: self.from, origin })?
+            }
+            (_, _, _) => None,
+        };
         if let (Some(affinity), Some(fields)) = (affinity, document.as_object_mut()) {
             text.push_str(&format!(
                 "affinity  {}, for {} s\n",

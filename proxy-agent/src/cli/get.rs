@@ -34,6 +34,7 @@ enum What {
 
 impl GetArgs {
     pub(super) fn run(&self) -> Result<ExitCode> {
+        self.live.check()?;
         let pins = self.live.pins();
         let Some(kernel) = Kernel::open(&pins).context("open the tables")? else {
             bail!("no tables are pinned in {}: the agent has never run here", pins.root().display());

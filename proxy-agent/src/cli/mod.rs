@@ -17,8 +17,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 use tracing_subscriber::EnvFilter;
 
-use crate::kernel::Pins;
-use options::{LogFormat, PinArgs};
+use crate::control;
+use crate::kernel;
+use options::{ControlArgs, LogFormat, PinArgs};
 
 /// Sheave: the eBPF replacement for kube-proxy that is only the proxy.
 ///
@@ -54,7 +55,7 @@ enum Command {
     Status(status::StatusArgs),
     /// Detach the programs and remove all tables from the kernel.
     ///
-    /// Connections that are established go on; new ones to a VIP are no longer translated.
+    /// Connections that are established go on; new ones to a VIP are no longer translated. Refused while an agent runs.
     Cleanup(CleanupArgs),
 }
 
@@ -62,6 +63,8 @@ enum Command {
 struct CleanupArgs {
     #[command(flatten)]
     pins: PinArgs,
+    #[command(flatten)]
+    control: ControlArgs,
 }
 
 /// How a read command prints.
@@ -83,7 +86,7 @@ impl Cli {
             Command::Explain(args) => args.run(),
             Command::Get(args) => args.run(),
             Command::Status(args) => args.run(),
-            Command::Cleanup(args) => cleanup(&args.pins.pins()),
+            Command::Cleanup(args) => args.run(),
         };
         match result {
             Ok(code) => code,
@@ -133,11 +136,20 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
-fn cleanup(pins: &Pins) -> Result<ExitCode> {
-    let was_there = pins.remove_all().context("clean up")?;
-    let text = if was_there { "removed: programs detached, tables gone" } else { "nothing to remove" };
-    writeln!(io::stdout(), "{text}: {}", pins.root().display())?;
-    Ok(ExitCode::SUCCESS)
+impl CleanupArgs {
+    fn run(&self) -> Result<ExitCode> {
+        let pins = self.pins.pins();
+        let was_there = match pins.remove_all() {
+            Err(error @ kernel::Error::InUse { .. }) => {
+                return Err(error).context("nothing was removed; end the agent first");
+            }
+            result => result.context("clean up")?,
+        };
+        block_on(control::remove_abandoned(&self.control.control_socket))?.context("clean up")?;
+        let text = if was_there { "removed: programs detached, tables gone" } else { "nothing to remove" };
+        writeln!(io::stdout(), "{text}: {}", pins.root().display())?;
+        Ok(ExitCode::SUCCESS)
+    }
 }
 
 /// Prints a document in the form that was asked for.

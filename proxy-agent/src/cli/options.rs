@@ -12,6 +12,7 @@ use crate::control::{self, Request};
 use crate::kernel::Pins;
 use crate::object::{Protocol, address};
 use crate::resolve::{DetectLocal, ExcludedFrontend, NodePortAddresses, Policy};
+use crate::source::kube;
 
 /// Log form.
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
@@ -61,6 +62,11 @@ impl LiveArgs {
         self.pins.pins()
     }
 
+    /// Before an answer that would be wrong: who may not look must not be told that there is nothing.
+    pub(super) fn check(&self) -> Result<()> {
+        self.pins().readable().context("this needs root")
+    }
+
     /// The agent's answer; the outer error is ours.
     pub(super) fn ask(&self, request: &Request) -> Result<Result<serde_json::Value, control::Error>> {
         block_on(control::ask(&self.control.control_socket, request))
@@ -76,6 +82,10 @@ pub(super) struct NodeArgs {
 }
 
 impl NodeArgs {
+    pub(super) const fn is_given(&self) -> bool {
+        self.node_name.is_some()
+    }
+
     pub(super) fn name(&self) -> Result<String> {
         let name = match &self.node_name {
             Some(name) => name.clone(),
@@ -136,6 +146,37 @@ enum Switch {
 }
 
 impl PolicyArgs {
+    /// The flags that say something else than nothing at all does.
+    pub(super) fn given(&self) -> Vec<&'static str> {
+        let Self {
+            nodeport_addresses,
+            cluster_cidr,
+            service_cidr,
+            masquerade_all,
+            detect_local_mode,
+            pod_bridge_interface,
+            pod_interface_name_prefix,
+            bind_address,
+            feature_gates,
+            exclude_frontends,
+            packet_path,
+        } = self;
+        let flags = [
+            ("--nodeport-addresses", nodeport_addresses != &["primary"]),
+            ("--cluster-cidr", !cluster_cidr.is_empty()),
+            ("--service-cidr", !service_cidr.is_empty()),
+            ("--masquerade-all", *masquerade_all),
+            ("--detect-local-mode", detect_local_mode != "ClusterCIDR"),
+            ("--pod-bridge-interface", pod_bridge_interface.is_some()),
+            ("--pod-interface-name-prefix", pod_interface_name_prefix.is_some()),
+            ("--bind-address", bind_address != "0.0.0.0"),
+            ("--feature-gates", !feature_gates.is_empty()),
+            ("--exclude-frontends", !exclude_frontends.is_empty()),
+            ("--packet-path", *packet_path != Switch::On),
+        ];
+        flags.into_iter().filter(|(_, given)| *given).map(|(flag, _)| flag).collect()
+    }
+
     /// Every error names the flag.
     pub(super) fn policy(&self) -> Result<Policy> {
         let cluster_cidrs = cidrs("--cluster-cidr", &self.cluster_cidr)?;
@@ -259,6 +300,26 @@ fn excluded_frontend(text: &str) -> Result<ExcludedFrontend> {
     let at: std::net::SocketAddr =
         at.parse().context("not ADDRESS, ADDRESS:PORT or ADDRESS:PORT/PROTOCOL")?;
     Ok(ExcludedFrontend { address: at.ip().to_canonical(), port: Some((at.port(), protocol)) })
+}
+
+/// The API server, as kube-proxy's flags have it.
+#[derive(Args, Clone, Debug)]
+pub(super) struct KubeArgs {
+    /// Kubeconfig file of the cluster.
+    #[arg(long, value_name = "FILE", conflicts_with = "manifests")]
+    pub(super) kubeconfig: Option<PathBuf>,
+    /// URL of the API server, over the kubeconfig's or the in-cluster account's. A cluster IP does not work before a proxy
+    /// runs. The variable SHEAVE_MASTER gives it too.
+    #[arg(long, value_name = "URL", conflicts_with = "manifests")]
+    pub(super) master: Option<String>,
+}
+
+impl KubeArgs {
+    pub(super) fn options(&self) -> kube::KubeOptions {
+        // Not clap's: a variable that says where a cluster is does not say that it is to be asked.
+        let master = self.master.clone().or_else(|| std::env::var("SHEAVE_MASTER").ok());
+        kube::KubeOptions { kubeconfig: self.kubeconfig.clone(), master, context: None }
+    }
 }
 
 /// Where objects come from when no agent is asked.

@@ -7,7 +7,7 @@ use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
-use super::options::{ControlArgs, ManifestArgs, NodeArgs, PinArgs, PolicyArgs};
+use super::options::{ControlArgs, KubeArgs, ManifestArgs, NodeArgs, PinArgs, PolicyArgs};
 use crate::agent::{Agent, Config};
 use crate::control;
 use crate::dataplane::Limits;
@@ -18,12 +18,8 @@ use crate::source::{addresses, files, kube, links};
 pub(super) struct RunArgs {
     #[command(flatten)]
     manifests: ManifestArgs,
-    /// Kubeconfig file; without it and without --manifests: the in-cluster service account.
-    #[arg(long, value_name = "FILE", conflicts_with = "manifests")]
-    kubeconfig: Option<PathBuf>,
-    /// URL of the API server, over the kubeconfig's. A cluster IP does not work before a proxy runs.
-    #[arg(long, value_name = "URL", conflicts_with = "manifests", env = "SHEAVE_MASTER")]
-    master: Option<String>,
+    #[command(flatten)]
+    kube: KubeArgs,
     #[command(flatten)]
     node: NodeArgs,
     /// Serve processes in this cgroup and below; by default the root of the cgroup v2 hierarchy.
@@ -119,18 +115,13 @@ impl RunArgs {
                 entries.with_context(|| format!("--manifests: read directory {}", directory.display()))?;
                 Source::Files(directory.clone())
             }
-            None => {
-                let options = kube::KubeOptions {
-                    kubeconfig: self.kubeconfig.clone(),
-                    master: self.master.clone(),
-                    context: None,
-                };
-                Source::Kube(kube::client(&options).await.context("find the API server")?)
-            }
+            None => Source::Kube(kube::connect(&self.kube.options()).await.context("find the API server")?),
         };
-        // A second agent on the same socket ends here, before it touches the kernel.
+        // A second agent in the same pin directory, or on the same socket, ends here, before it writes anything.
+        config.pins.prepare()?;
+        let claim = config.pins.claim()?;
         let listener = control::listen(&self.control.control_socket).await?;
-        let agent = Agent::start(config).context("start")?;
+        let agent = Agent::start(config, claim).context("start")?;
         let (questions, asked) = mpsc::channel(16);
         tokio::spawn(control::serve(listener, questions));
 
@@ -145,11 +136,11 @@ impl RunArgs {
         }
         match source {
             Source::Files(directory) => sources.spawn(async move {
-                let result = files::run(directory.clone(), node_name, changes).await;
+                let result = files::run(directory.clone(), changes).await;
                 result.with_context(|| format!("follow the manifests in {}", directory.display()))
             }),
-            Source::Kube(client) => sources.spawn(async move {
-                kube::run(client, node_name, changes).await;
+            Source::Kube(connection) => sources.spawn(async move {
+                kube::run(connection.client, node_name, changes).await;
                 Ok(())
             }),
         };
@@ -172,7 +163,7 @@ impl RunArgs {
 /// Where objects come from.
 enum Source {
     Files(PathBuf),
-    Kube(::kube::Client),
+    Kube(kube::Connection),
 }
 
 /// Before anything is touched: the kernel's own answer to a wrong directory names neither it nor the flag.

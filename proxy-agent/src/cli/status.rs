@@ -22,6 +22,7 @@ pub(super) struct StatusArgs {
 impl StatusArgs {
     /// What is in the kernel is shown also when no agent runs; then the code is 1.
     pub(super) fn run(&self) -> Result<ExitCode> {
+        self.live.check()?;
         let pins = self.live.pins();
         let links: BTreeMap<&str, Option<u64>> = programs::links(&pins).into_iter().collect();
         let counters: BTreeMap<&str, u64> =
@@ -42,7 +43,7 @@ impl StatusArgs {
             fields.insert("devices_hooked".to_owned(), json!(hooked));
             fields.insert("flows".to_owned(), json!(flows));
         }
-        let text = text(&document, links.len());
+        let text = text(&document, &links);
         let printed = print(&document, text, self.live.output)?;
         Ok(if error.is_none() { printed } else { ExitCode::FAILURE })
     }
@@ -85,7 +86,7 @@ fn packet_path(packets: Option<&Value>) -> String {
     text
 }
 
-fn text(document: &Value, attached: usize) -> String {
+fn text(document: &Value, links: &BTreeMap<&str, Option<u64>>) -> String {
     let mut text = String::new();
     let field = |name: &str| match document.get(name) {
         Some(Value::String(value)) => value.clone(),
@@ -112,7 +113,7 @@ fn text(document: &Value, attached: usize) -> String {
         let found = if document.get("node_found") == Some(&json!(true)) {
             ""
         } else {
-            " (no such Node seen: every endpoint is remote)"
+            " (no such Node, see the problems)"
         };
         line("node", field("node") + found);
         line("services", format!("{}, with {} frontends", field("services"), field("frontends")));
@@ -121,7 +122,12 @@ fn text(document: &Value, attached: usize) -> String {
             format!("{} µs, {} writes in all", field("last_sync_microseconds"), field("writes")),
         );
     }
-    line("programs", format!("{attached} of {} attached", programs::PROGRAMS.len()));
+    let attached = links.values().flatten().count();
+    let left = match links.len() - attached {
+        0 => String::new(),
+        gone => format!("; {gone} links are of a cgroup that is gone"),
+    };
+    line("programs", format!("{attached} of {} attached{left}", programs::PROGRAMS.len()));
     let hooked = document.get("devices_hooked").and_then(Value::as_array).map_or(0, Vec::len);
     line(
         "packets",

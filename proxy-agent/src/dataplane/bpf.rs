@@ -1,6 +1,7 @@
 //! The kernel's maps as a [`Dataplane`]: one hash by system calls, three arrays by memory.
 
 use std::io;
+use std::path::Path;
 
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Map, MapData, MapError};
@@ -12,7 +13,7 @@ use proxy_common::abi::{
 use super::{Dataplane, Failure, Limits, RecordWord, Write};
 use crate::kernel::mapping::Mapping;
 use crate::kernel::table::{Table, io_error};
-use crate::kernel::{self, Loaded, Pins, programs::open_pinned};
+use crate::kernel::{self, Pins, programs::open_pinned};
 
 /// See the module.
 pub struct Kernel {
@@ -26,12 +27,12 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// The tables of loaded programs, to write.
+    /// The tables that are pinned in a directory, to write.
     ///
     /// # Errors
     /// If a map is missing or cannot be mapped.
-    pub fn of(loaded: &Loaded, pins: &Pins) -> Result<Self, kernel::Error> {
-        Self::open_generation(pins, loaded.generation, true)
+    pub fn of(tables: &Path, pins: &Pins) -> Result<Self, kernel::Error> {
+        Self::open_in(tables, &pins.state(), true)
     }
 
     /// The pinned tables, to read, whoever writes them.
@@ -39,17 +40,16 @@ impl Kernel {
     /// # Errors
     /// If nothing is pinned.
     pub fn open(pins: &Pins) -> Result<Option<Self>, kernel::Error> {
-        match pins.generations()?.first() {
-            Some(generation) => Self::open_generation(pins, *generation, false).map(Some),
-            None => Ok(None),
-        }
+        pins.newest()?
+            .map(|generation| Self::open_in(&pins.tables(generation), &pins.state(), false))
+            .transpose()
     }
 
-    fn open_generation(pins: &Pins, generation: u32, writable: bool) -> Result<Self, kernel::Error> {
-        let frontends = Table::open(pins, generation, "FRONTENDS")?;
-        let (services_limit, services) = map(pins, generation, "SERVICES", writable)?;
-        let (slots_limit, slots) = map(pins, generation, "SLOTS", writable)?;
-        let (backends_limit, backends) = map(pins, generation, "BACKENDS", writable)?;
+    fn open_in(tables: &Path, state: &Path, writable: bool) -> Result<Self, kernel::Error> {
+        let frontends = Table::open(tables, "FRONTENDS")?;
+        let (services_limit, services) = map(tables, "SERVICES", writable)?;
+        let (slots_limit, slots) = map(tables, "SLOTS", writable)?;
+        let (backends_limit, backends) = map(tables, "BACKENDS", writable)?;
         Ok(Self {
             limits: Limits {
                 frontends: frontends.limit(),
@@ -58,7 +58,7 @@ impl Kernel {
                 backends: backends_limit,
             },
             frontends,
-            source_ranges: Map::from_map_data(open_pinned(pins, generation, "SOURCE_RANGES")?)
+            source_ranges: Map::from_map_data(open_pinned(state, "SOURCE_RANGES")?)
                 .and_then(TryInto::try_into)
                 .map_err(|source| kernel::Error::Map { map: "SOURCE_RANGES", source })?,
             services,
@@ -83,16 +83,11 @@ fn entries(name: &'static str, map: &MapData) -> Result<u32, kernel::Error> {
     map.info().map(|info| info.max_entries()).map_err(|source| kernel::Error::Map { map: name, source })
 }
 
-fn map<T>(
-    pins: &Pins,
-    generation: u32,
-    name: &'static str,
-    writable: bool,
-) -> Result<(u32, Mapping<T>), kernel::Error> {
-    let data = open_pinned(pins, generation, name)?;
+fn map<T>(tables: &Path, name: &'static str, writable: bool) -> Result<(u32, Mapping<T>), kernel::Error> {
+    let data = open_pinned(tables, name)?;
     let limit = entries(name, &data)?;
     let mapping = Mapping::new(data.fd(), limit, writable)
-        .map_err(kernel::Error::path("map into memory", pins.tables(generation).join(name)))?;
+        .map_err(kernel::Error::path("map into memory", tables.join(name)))?;
     Ok((limit, mapping))
 }
 

@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use proxy_common::abi::{Backend, BackendId, ServiceRecord};
@@ -125,7 +125,10 @@ impl Mapping<Backend> {
         let generation = unsafe { AtomicU32::from_ptr(generation.cast().as_ptr()) };
         let moves_in = value.is_live() && flags.load(Ordering::Relaxed) == Backend::vacant(0).flags();
         if moves_in || generation.load(Ordering::Relaxed) != value.generation {
-            generation.store(0, Ordering::Release);
+            generation.store(0, Ordering::Relaxed);
+            // A store with release semantics keeps what is before it before it; what follows may still overtake it (on
+            // arm64), and a reader with an id of the tenant before would take the new address for that one's.
+            fence(Ordering::Release);
             let mut fresh = value;
             fresh.generation = 0;
             // SAFETY: in the mapping, 4-byte aligned as `Backend` needs; no id names generation 0, so nobody reads it.
@@ -137,12 +140,58 @@ impl Mapping<Backend> {
         Ok(())
     }
 
-    /// Vacant if out of range.
+    /// Vacant if out of range, and while another process writes it.
     pub fn load(&self, index: u32) -> Backend {
-        self.at(index, 0).map_or(Backend::vacant(0), |entry| {
-            // SAFETY: in the mapping and aligned; the agent is the only writer.
-            unsafe { entry.cast::<Backend>().read_volatile() }
-        })
+        let entry = self.at(index, 0).ok();
+        // SAFETY: in the mapping and aligned.
+        let backend = entry.and_then(|entry| unsafe { Backend::read(entry.cast().as_ptr()) });
+        backend.unwrap_or(Backend::vacant(0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    use nix::unistd::ftruncate;
+    use proxy_common::abi::{Address, BackendState, Port};
+    use std::sync::atomic::AtomicBool;
+
+    /// Tenants whose address, port and generation say the same number.
+    fn tenant(number: u32) -> Backend {
+        let port = Port::new(u16::try_from(number & 0xffff).unwrap());
+        Backend::new(Address::from_words([number; 4]), port, BackendState::default(), number)
+    }
+
+    #[test]
+    fn no_reader_sees_the_address_of_one_tenant_with_the_generation_of_another() {
+        let file = memfd_create("backends", MFdFlags::MFD_CLOEXEC).unwrap();
+        ftruncate(&file, 4096).unwrap();
+        let mut writing = Mapping::<Backend>::new(&file, 1, true).unwrap();
+        let reading = Mapping::<Backend>::new(&file, 1, false).unwrap();
+        let over = &AtomicBool::new(false);
+        let seen = std::thread::scope(|scope| {
+            let reader = scope.spawn(move || {
+                let mut seen = 0u32;
+                while !over.load(Ordering::Relaxed) {
+                    let backend = reading.load(0);
+                    if backend.generation != 0 {
+                        assert_eq!(backend, tenant(backend.generation));
+                        seen += 1;
+                    }
+                }
+                seen
+            });
+            for number in 1..2_000_000 {
+                writing.store(0, tenant(number)).unwrap();
+                if reader.is_finished() {
+                    break;
+                }
+            }
+            over.store(true, Ordering::Relaxed);
+            reader.join()
+        });
+        assert!(seen.unwrap() > 0);
     }
 }
 

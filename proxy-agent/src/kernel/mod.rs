@@ -7,7 +7,7 @@ pub mod programs;
 mod sys;
 pub mod table;
 
-pub use pins::Pins;
+pub use pins::{Claim, Pins};
 pub use programs::{Loaded, Settings};
 pub use sys::netns_cookie;
 
@@ -26,6 +26,12 @@ pub enum Error {
         path: PathBuf,
         /// The kernel's answer.
         source: io::Error,
+    },
+    /// One agent for each pin directory: there is one writer of every table.
+    #[error("another agent runs: it holds the pin directory {path}")]
+    InUse {
+        /// The pin directory.
+        path: PathBuf,
     },
     /// The object could not be loaded into the kernel.
     #[error("load the kernel programs")]

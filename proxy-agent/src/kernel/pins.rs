@@ -3,14 +3,17 @@
 //! ```text
 //! <bpffs>/sheave/state-v<layout>/MAP     maps that the programs write: affinity, datagram flows, socket storage
 //! <bpffs>/sheave/tables-v<layout>-<n>/MAP    maps that the agent writes; n counts the generations
+//! <bpffs>/sheave/tables-v<layout>-<n>-filling/MAP    the same, while they are filled
 //! <bpffs>/sheave/links/PROGRAM           attachments; each is updated atomically to the current generation's program
 //! ```
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::statfs;
 use proxy_common::abi::LAYOUT_VERSION;
@@ -19,6 +22,13 @@ use super::{Error, sys};
 
 /// statfs(2): BPF_FS_MAGIC.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+
+/// The right to write below a pin directory, held as long as this lives. It is the kernel's lock, so it ends with the
+/// process however that ends.
+#[derive(Debug)]
+pub struct Claim {
+    _lock: Flock<File>,
+}
 
 /// The pin directory.
 #[derive(Clone, Debug)]
@@ -50,6 +60,28 @@ impl Pins {
         Ok(())
     }
 
+    /// Claims the directory, which must be there.
+    ///
+    /// # Errors
+    /// [`Error::InUse`] if another process has the claim.
+    pub fn claim(&self) -> Result<Claim, Error> {
+        let root = self.root();
+        let directory = File::open(&root).map_err(Error::path("open", &root))?;
+        match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Claim { _lock: lock }),
+            Err((_, Errno::EWOULDBLOCK)) => Err(Error::InUse { path: root }),
+            Err((_, error)) => Err(Error::path("lock", root)(error.into())),
+        }
+    }
+
+    /// Whether this process may look at what is pinned. Nothing pinned is an answer too.
+    ///
+    /// # Errors
+    /// If it may not.
+    pub fn readable(&self) -> Result<(), Error> {
+        self.names().map(drop)
+    }
+
     /// Everything of ours is below it.
     pub fn root(&self) -> PathBuf {
         self.bpffs.join("sheave")
@@ -70,19 +102,50 @@ impl Pins {
         self.root().join(format!("tables-v{LAYOUT_VERSION}-{generation}"))
     }
 
-    /// Generations of this layout that are pinned, lowest first. More than one means that an agent went in the middle of
-    /// a move. While it ran, the lowest was complete, so that is the one to adopt; an agent that went between attaching
-    /// after its *first* sync and removing the old tables leaves a lowest one that is older than what is attached.
+    /// The place of tables that are not complete yet. Nothing adopts what lies there. (A bpffs takes no dots in names.)
+    pub fn filling(&self, generation: u32) -> PathBuf {
+        self.root().join(format!("tables-v{LAYOUT_VERSION}-{generation}-filling"))
+    }
+
+    /// The newest generation of this layout that is pinned. It is the one to adopt: it got its name when it had all that
+    /// the one before had, and only after that a program that uses it was attached. An older one beside it means that an
+    /// agent went before it removed that one.
     ///
     /// # Errors
     /// If the directory exists but cannot be read.
-    pub fn generations(&self) -> Result<Vec<u32>, Error> {
+    pub fn newest(&self) -> Result<Option<u32>, Error> {
         let prefix = format!("tables-v{LAYOUT_VERSION}-");
         let names = self.names()?;
-        let mut found: Vec<u32> =
-            names.iter().filter_map(|name| name.strip_prefix(&prefix)?.parse().ok()).collect();
-        found.sort_unstable();
-        Ok(found)
+        Ok(names.iter().filter_map(|name| name.strip_prefix(&prefix)?.parse().ok()).max())
+    }
+
+    /// An empty directory for new tables of a generation that is not complete yet; what an interrupted move left there
+    /// is removed.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    pub fn begin(&self, generation: u32) -> Result<PathBuf, Error> {
+        self.abandon(generation)?;
+        let path = self.filling(generation);
+        fs::create_dir_all(&path).map_err(Error::path("create", &path))?;
+        Ok(path)
+    }
+
+    /// Removes tables that did not become complete, if there are any.
+    ///
+    /// # Errors
+    /// If they cannot be removed.
+    pub fn abandon(&self, generation: u32) -> Result<(), Error> {
+        remove_directory(&self.filling(generation))
+    }
+
+    /// The tables are complete: from here on they are the ones to adopt.
+    ///
+    /// # Errors
+    /// If they cannot be renamed.
+    pub fn complete(&self, generation: u32) -> Result<(), Error> {
+        let (from, to) = (self.filling(generation), self.tables(generation));
+        fs::rename(&from, &to).map_err(Error::path("rename", from))
     }
 
     /// Removes every generation and state of other layouts, and every other generation of this one: nothing uses them
@@ -102,24 +165,18 @@ impl Pins {
         Ok(())
     }
 
-    /// Removes the tables of a generation, if there are any.
-    ///
-    /// # Errors
-    /// If they cannot be removed.
-    pub fn remove_tables(&self, generation: u32) -> Result<(), Error> {
-        remove_directory(&self.tables(generation))
-    }
-
     /// Removes everything: links first, so that no program runs on half of its maps. Returns whether there was anything.
     ///
     /// # Errors
-    /// If something cannot be removed.
+    /// [`Error::InUse`] if an agent runs: it would go on without its pins, and the next one could not adopt anything. Else
+    /// if something cannot be removed.
     pub fn remove_all(&self) -> Result<bool, Error> {
         let root = self.root();
         // Not `exists`: whoever may not look would be told that there is nothing.
         if !root.try_exists().map_err(Error::path("look for", &root))? {
             return Ok(false);
         }
+        let _claim = self.claim()?;
         for link in fs::read_dir(self.links()).into_iter().flatten().flatten() {
             // The removal below detaches too, only later; before 5.9 it is the only way.
             let _ = sys::object_get(&link.path()).and_then(|link| sys::link_detach(link.as_fd()));

@@ -117,18 +117,15 @@ impl Settings {
 pub struct Loaded {
     ebpf: Ebpf,
     pins: Pins,
-    /// Which generation of tables they use.
-    pub generation: u32,
 }
 
 impl Loaded {
-    /// Loads the programs on the tables of `generation`, which are made with `limits` if they are not pinned yet.
+    /// Loads the programs on the tables in a directory, which are made with `limits` if they are not pinned there yet.
     ///
     /// # Errors
     /// If the kernel refuses, or a pinned map has another shape.
-    pub fn load(pins: &Pins, generation: u32, limits: Limits, settings: Settings) -> Result<Self, Error> {
-        let tables = pins.tables(generation);
-        std::fs::create_dir_all(&tables).map_err(Error::path("create", &tables))?;
+    pub fn load(pins: &Pins, tables: &Path, limits: Limits, settings: Settings) -> Result<Self, Error> {
+        std::fs::create_dir_all(tables).map_err(Error::path("create", tables))?;
         let state = pins.state();
         let pinned = || {
             TABLES
@@ -168,7 +165,7 @@ impl Loaded {
                 source,
             })?;
         }
-        Ok(Self { ebpf, pins: pins.clone(), generation })
+        Ok(Self { ebpf, pins: pins.clone() })
     }
 
     /// One of [`CLASSIFIERS`].
@@ -218,13 +215,11 @@ impl Loaded {
     }
 }
 
-/// Opens a pinned map of the tables or the state.
+/// Opens a map that is pinned in the directory of some tables, or of the state.
 ///
 /// # Errors
-/// If it is not pinned.
-pub fn open_pinned(pins: &Pins, generation: u32, name: &'static str) -> Result<MapData, Error> {
-    let directory =
-        if TABLES.iter().any(|shape| shape.name == name) { pins.tables(generation) } else { pins.state() };
+/// If it is not pinned there.
+pub fn open_pinned(directory: &Path, name: &'static str) -> Result<MapData, Error> {
     MapData::from_pin(directory.join(name)).map_err(|source| Error::Map { map: name, source })
 }
 
@@ -235,7 +230,7 @@ pub fn open_pinned(pins: &Pins, generation: u32, name: &'static str) -> Result<M
 pub fn counters(pins: &Pins) -> Result<Vec<(&'static str, u64)>, Error> {
     const NAME: &str = "COUNTERS";
     let error = |source| Error::Map { map: NAME, source };
-    let map = Map::from_map_data(open_pinned(pins, 0, NAME)?).map_err(error)?;
+    let map = Map::from_map_data(open_pinned(&pins.state(), NAME)?).map_err(error)?;
     let counters: aya::maps::PerCpuArray<_, u64> = map.try_into().map_err(error)?;
     let sum = |(index, outcome): (u32, &Outcome)| -> Result<_, Error> {
         let values = counters.get(&index, 0).map_err(error)?;
@@ -244,7 +239,8 @@ pub fn counters(pins: &Pins) -> Result<Vec<(&'static str, u64)>, Error> {
     (0..).zip(Outcome::ALL).map(sum).collect()
 }
 
-/// Links that are pinned, with the cgroup each is attached to: `None` if that cgroup is gone.
+/// Links that are pinned, with the cgroup each is attached to: `None` if that cgroup is gone, and the link attached to
+/// nothing.
 pub fn links(pins: &Pins) -> Vec<(&'static str, Option<u64>)> {
     let read = |name: &'static str| {
         let link = sys::object_get(&pins.links().join(name)).ok()?;

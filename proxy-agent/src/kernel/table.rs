@@ -2,13 +2,14 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 
 use aya::Pod;
 use aya::maps::{HashMap, Map, MapData, MapError};
 
+use super::Error;
 use super::programs::open_pinned;
 use super::sys::{batch_entries, update_batch};
-use super::{Error, Pins};
 
 /// See the module.
 pub struct Table<K, V> {
@@ -23,9 +24,9 @@ impl<K: Pod + Default, V: Pod + Default> Table<K, V> {
     ///
     /// # Errors
     /// If it is not pinned, or no hash.
-    pub fn open(pins: &Pins, generation: u32, name: &'static str) -> Result<Self, Error> {
+    pub fn open(directory: &Path, name: &'static str) -> Result<Self, Error> {
         let error = |source| Error::Map { map: name, source };
-        let data = open_pinned(pins, generation, name)?;
+        let data = open_pinned(directory, name)?;
         let limit = data.info().map_err(error)?.max_entries();
         let fd = data.fd().as_fd().try_clone_to_owned().map_err(Error::path("duplicate", name))?;
         Ok(Self { map: Map::from_map_data(data).map_err(error)?.try_into().map_err(error)?, fd, limit })

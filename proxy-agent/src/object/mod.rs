@@ -261,6 +261,13 @@ pub enum Change {
     /// What was told of something without a key (a file, a Pod), named as in [`Problem::object`], holds no longer. What
     /// still holds is told again.
     Mended(String),
+    /// Whether a source can follow a resource of the API server, and if not, why. Its last state stays in force (Q7).
+    Following {
+        /// Plural, as roles name it.
+        resource: String,
+        /// What is wrong now.
+        trouble: Option<String>,
+    },
 }
 
 /// Changes that happened together: no state between them was ever wanted (E11, S13), so none is programmed.

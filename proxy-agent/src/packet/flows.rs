@@ -165,10 +165,10 @@ impl Flows {
     /// If nothing is pinned.
     pub fn open(pins: &Pins) -> Result<Self, kernel::Error> {
         Ok(Self {
-            young: Table::open(pins, 0, "YOUNG_FLOWS")?,
-            flows: Table::open(pins, 0, "FLOWS")?,
-            young_snat: Table::open(pins, 0, "YOUNG_SNAT")?,
-            snat: Table::open(pins, 0, "SNAT")?,
+            young: Table::open(&pins.state(), "YOUNG_FLOWS")?,
+            flows: Table::open(&pins.state(), "FLOWS")?,
+            young_snat: Table::open(&pins.state(), "YOUNG_SNAT")?,
+            snat: Table::open(&pins.state(), "SNAT")?,
             suspects: HashSet::new(),
             told_full: [false; 2],
         })

@@ -100,11 +100,11 @@ impl PacketPath {
     /// If the kernel refuses.
     pub fn open(pins: &Pins, options: Options) -> Result<Self, kernel::Error> {
         let error = |map| move |source| kernel::Error::Map { map, source };
-        let settings = open_pinned(pins, 0, "PACKET_SETTINGS")?;
+        let settings = open_pinned(&pins.state(), "PACKET_SETTINGS")?;
         let settings: Array<MapData, PacketSettings> =
             Map::from_map_data(settings).and_then(TryInto::try_into).map_err(error("PACKET_SETTINGS"))?;
         let settings_written = settings.get(&0, 0).map_err(error("PACKET_SETTINGS"))?;
-        let devices: Table<u32, Device> = Table::open(pins, 0, "DEVICES")?;
+        let devices: Table<u32, Device> = Table::open(&pins.state(), "DEVICES")?;
         let read = |what| kernel::Error::path("read", pins.state().join(what));
         let devices_written = devices.entries().map_err(read("DEVICES"))?.into_iter().collect();
         let (to, reports) = unbounded_channel();
@@ -467,10 +467,10 @@ struct Filters {
 
 impl Filters {
     fn open(pins: &Pins) -> Result<Self, kernel::Error> {
-        let vips = open_pinned(pins, 0, "VIPS")?;
+        let vips = open_pinned(&pins.state(), "VIPS")?;
         let state = pins.state();
         let mapping = Mapping::new(vips.fd(), 1, true);
-        let cluster_ips: Table<Address, u32> = Table::open(pins, 0, "CLUSTER_IPS")?;
+        let cluster_ips: Table<Address, u32> = Table::open(&pins.state(), "CLUSTER_IPS")?;
         let written =
             cluster_ips.entries().map_err(kernel::Error::path("read", state.join("CLUSTER_IPS")))?;
         Ok(Self {

@@ -56,21 +56,21 @@ fn double(size: u32, max: u32) -> u32 {
 
 impl Reconciler {
     /// Writes all that is written into new, larger tables under the same ids, so that what the programs remember
-    /// (affinity, flows) stays true. The old tables go on serving until the links are updated; from now on every write
-    /// goes to the new ones.
+    /// (affinity, flows) stays true. The old tables stay in use.
     ///
     /// # Errors
-    /// The first write that failed; then the old tables stay in use.
-    pub fn move_to(&mut self, dataplane: &mut impl Dataplane) -> Result<(), Failure> {
-        if let Some(failure) = dataplane.apply(&self.everything()).into_iter().next() {
-            return Err(failure);
-        }
-        let limits = dataplane.limits();
+    /// The first write that failed.
+    pub fn copy_to(&self, dataplane: &mut impl Dataplane) -> Result<(), Failure> {
+        dataplane.apply(&self.everything()).into_iter().next().map_or(Ok(()), Err)
+    }
+
+    /// From now on every write goes to the tables that [`Self::copy_to`] filled, which are so large. The old ones go on
+    /// serving until the links are updated.
+    pub fn moved_to(&mut self, limits: Limits) {
         self.service_ids.extend(limits.services);
         self.backend_places.extend(limits.backends);
         self.slots.extend(self.limits.slots, limits.slots);
         self.limits = limits;
-        Ok(())
     }
 
     /// In the order of a commit.

@@ -104,29 +104,21 @@ fn of_family(addresses: &[IpAddr], family: Family) -> BTreeSet<IpAddr> {
     addresses.iter().copied().filter(|address| Family::of(address) == family).collect()
 }
 
-/// S12 inside one Service: names and numbers are unique by the API, but files are not checked by one.
+/// S12 inside one Service: numbers are unique by the API, but files are not checked by one. (Names are unique since the
+/// object was read.)
 fn distinct_ports<'a>(service: &'a Service, problems: &mut Vec<Problem>) -> Vec<&'a ServicePort> {
-    let (mut names, mut numbers) = (BTreeSet::new(), BTreeSet::new());
+    let mut numbers = BTreeSet::new();
     let mut distinct = Vec::new();
     for (index, port) in service.ports.iter().enumerate() {
-        let twice = if names.contains(&(&port.name, port.protocol)) {
-            Some(format!("the name {:?} with {} is there twice", port.name, port.protocol.name()))
-        } else if numbers.contains(&(port.port, port.protocol)) {
-            Some(format!("{}/{} is there twice", port.port, port.protocol.name()))
+        if numbers.insert((port.port, port.protocol)) {
+            distinct.push(port);
         } else {
-            None
-        };
-        match twice {
-            Some(what) => problems.push(Problem {
+            let what = format!("{}/{} is there twice", port.port, port.protocol.name());
+            problems.push(Problem {
                 object: format!("Service {}", service.key),
                 field: format!("spec.ports[{index}]"),
                 message: format!("{what}: this later port is ignored (S12)"),
-            }),
-            None => {
-                names.insert((&port.name, port.protocol));
-                numbers.insert((port.port, port.protocol));
-                distinct.push(port);
-            }
+            });
         }
     }
     distinct

@@ -43,6 +43,16 @@ const fn origin_name(origin: Origin) -> &'static str {
     }
 }
 
+/// What [`origin_name`] says, back.
+pub(crate) fn origin_named(name: &str) -> Option<Origin> {
+    Origin::ALL.into_iter().find(|origin| origin_name(*origin) == name)
+}
+
+/// What [`set_name`] says, back.
+pub(crate) fn set_named(name: &str) -> Option<WhichSet> {
+    [WhichSet::Cluster, WhichSet::Local].into_iter().find(|which| set_name(*which) == name)
+}
+
 const fn set_name(which: WhichSet) -> &'static str {
     match which {
         WhichSet::Cluster => "cluster",

@@ -67,13 +67,18 @@ pub fn plan(model: &Model) -> Plan {
     plan_of(model, &Wanted::of(model))
 }
 
+/// All that cannot be used, of objects and of the node, sorted.
+pub fn problems(model: &Model, wanted: &Wanted) -> Vec<Problem> {
+    let problems: BTreeSet<Problem> = model.problems().into_iter().chain(wanted.problems()).collect();
+    problems.into_iter().collect()
+}
+
 /// The same where everything is resolved already.
 pub fn plan_of(model: &Model, wanted: &Wanted) -> Plan {
-    let problems: BTreeSet<Problem> = model.problems().into_iter().chain(wanted.problems()).collect();
     let mut services: Vec<PlannedPort> =
         wanted.all().map(|resolved| planned(resolved, wanted.claims())).collect();
     services.sort_by(|a, b| a.key().cmp(&b.key()));
-    Plan { services, problems: problems.into_iter().collect() }
+    Plan { services, problems: problems(model, wanted) }
 }
 
 fn planned(resolved: &Resolved, claims: &Claims) -> PlannedPort {

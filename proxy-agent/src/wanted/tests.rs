@@ -151,7 +151,9 @@ fn restart(changes: &[Change]) -> Model {
         match change {
             Change::Service(delta) => take(&mut objects.0, delta, |service| service.key.clone()),
             Change::Slice(delta) => take(&mut objects.1, delta, |slice| slice.key.clone()),
-            Change::Node(_) | Change::OwnAddresses(_) | Change::Mended(_) => model.apply(change.clone()),
+            Change::Node(_) | Change::OwnAddresses(_) | Change::Mended(_) | Change::Following { .. } => {
+                model.apply(change.clone())
+            }
         }
     }
     model.apply(Change::Slice(Delta::List(objects.1.into_values().map(Ok).collect())));

@@ -1,6 +1,8 @@
 use std::collections::BTreeSet;
 
 use super::*;
+use proxy_common::abi::AffinityKey;
+use proxy_common::decide::Tables as _;
 
 const TIMEOUT_S: u32 = 100;
 
@@ -203,4 +205,18 @@ fn an_empty_set_remembers_nothing() {
     lab.set(1, WhichSet::Cluster, &MANY, WhenEmpty::Reject);
     let first = lab.reach(1, 1);
     assert!(stays(&lab, Origin::Pod, 1, first));
+}
+
+/// A7: the kernel may give an element of the table to another key while a program reads it.
+#[test]
+fn a7_what_was_stored_for_another_service_is_not_believed() {
+    let mut lab = lab(&[1], &[]);
+    lab.plain(3, &[9]);
+    lab.affinity(3, TIMEOUT_S, 1);
+    assert_eq!((lab.reach(1, 1), lab.reach(1, 3)), (1, 9));
+    let key = |service| AffinityKey::new(service, ClientKey::netns(1));
+    let foreign = lab.tables.affinity_entry(&key(3)).unwrap();
+    lab.tables.remember_affinity(&key(1), &foreign);
+    assert_eq!(lab.reach(1, 1), 1);
+    assert_eq!(lab.tables.affinity_entry(&key(3)).map(|entry| entry.is_of(3)), Some(true));
 }

@@ -148,3 +148,28 @@ fn what_is_for_no_service_is_not_remembered() {
     assert_eq!(send_to(&lab, COOKIE, vip(9)), Sent::New(Connect::Untouched));
     assert_eq!(receive(&lab, vip(9)), None);
 }
+
+/// C2, B12: a flow belongs to the service port that its VIP had; whoever has the VIP now serves the next datagram.
+#[test]
+fn c2_a_vip_that_moves_to_another_service_takes_its_flows_along() {
+    let mut lab = Lab::new();
+    lab.plain(1, &[1]);
+    lab.plain(2, &[2]);
+    assert_eq!(send(&lab, 1), (false, at(1)));
+    // The first Service lives on, and its backend serves.
+    lab.frontend(1, FrontendValue::new(2, FrontendKind::ExternalIp));
+    assert_eq!(send(&lab, 1), (false, at(2)));
+    assert_eq!(send(&lab, 1), (true, at(2)));
+    assert_eq!(receive(&lab, at(1)), None, "a late answer of the Service before");
+    assert_eq!(receive(&lab, at(2)), Some(vip(1)));
+}
+
+#[test]
+fn a_vip_that_no_service_has_any_more_is_left_alone() {
+    let mut lab = Lab::new();
+    lab.plain(1, &[1]);
+    send(&lab, 1);
+    let (address, port) = vip(1);
+    lab.write(Write::RemoveFrontend { key: FrontendKey::new(address, port, Protocol::Udp.number()) });
+    assert_eq!(send_to(&lab, COOKIE, vip(1)), Sent::New(Connect::Untouched));
+}

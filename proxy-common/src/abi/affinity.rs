@@ -65,7 +65,7 @@ pub struct AffinityEntry {
     pub local: AffinitySlot,
     /// Epoch of the record's affinity word that made this entry.
     pub epoch: u32,
-    zero: u32,
+    seal: u32,
 }
 
 layout!(AffinityEntry, size = 40, fields = AffinitySlot, AffinitySlot, u32, u32);
@@ -75,7 +75,21 @@ impl AffinityEntry {
     #[inline(always)]
     pub const fn new(epoch: u32) -> Self {
         const NONE: AffinitySlot = AffinitySlot { backend: BackendId::NONE, renewed_ns: 0 };
-        Self { cluster: NONE, local: NONE, epoch, zero: 0 }
+        Self { cluster: NONE, local: NONE, epoch, seal: 0 }
+    }
+
+    /// To be stored for `service`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn sealed(mut self, service: ServiceId) -> Self {
+        self.seal = super::seal(service, self.cluster.backend.bits(), self.local.backend.bits());
+        self
+    }
+
+    /// Whether all of it was stored for `service`: nothing of it may be believed otherwise.
+    #[inline(always)]
+    pub const fn is_of(&self, service: ServiceId) -> bool {
+        self.seal == super::seal(service, self.cluster.backend.bits(), self.local.backend.bits())
     }
 
     /// This set's slot and the other set's.
@@ -110,5 +124,27 @@ mod tests {
         assert_eq!(bytes(address), [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 0, 0, 9, 3, 0, 0, 0]);
         let netns = AffinityKey::new(3, ClientKey::netns(0x0102_0304_0506_0708));
         assert_eq!(bytes(netns), [0xff, 0, 0, 0, 0, 0, 0, 0, 4, 3, 2, 1, 8, 7, 6, 5, 3, 0, 0, 0]);
+    }
+
+    /// A7, for a reader whose element changes hands.
+    #[test]
+    fn an_entry_of_another_service_and_a_mixture_of_two_are_told() {
+        let slot = |index| AffinitySlot { backend: BackendId::new(index, 1), renewed_ns: 9 };
+        let entry = |service, cluster, local| {
+            let mut entry = AffinityEntry::new(1);
+            entry.set_slots(WhichSet::Cluster, slot(cluster), slot(local));
+            entry.sealed(service)
+        };
+        let (own, other) = (entry(3, 10, 11), entry(4, 20, 21));
+        assert!(own.is_of(3) && !own.is_of(4) && other.is_of(4) && !other.is_of(3));
+        for mixture in [
+            AffinityEntry { cluster: other.cluster, ..own },
+            AffinityEntry { local: other.local, ..own },
+            AffinityEntry { cluster: other.cluster, local: other.local, ..own },
+            AffinityEntry { cluster: own.local, local: own.cluster, ..own },
+        ] {
+            assert!(!mixture.is_of(3), "{mixture:?}");
+        }
+        assert!(AffinityEntry { cluster: AffinitySlot { renewed_ns: 10, ..own.cluster }, ..own }.is_of(3));
     }
 }

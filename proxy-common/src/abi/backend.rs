@@ -123,6 +123,29 @@ impl Backend {
         Self { address: Address::from_words([0; 4]), port: Port::new(0), flags: 0, generation }
     }
 
+    /// Reads a place that the agent may be writing: the generation before and after, as with a sequence lock. A reader
+    /// whose id went stale long ago (in an affinity entry or a flow) may come while the next tenant moves in: it would
+    /// see its own generation first and the new address after. `None`: somebody is moving; nothing lives there yet.
+    ///
+    /// The compiler keeps volatile reads in order (a fence, even the compiler's own, is nothing that LLVM can select for
+    /// BPF), and so does x86. On arm64 the processor may swap the last two by a few cycles; BPF has no load that forbids
+    /// it before kernel 6.15. The writer's fence keeps the window that small, and a place rests before it is used again.
+    ///
+    /// # Safety
+    /// `at` points to a `Backend` that stays readable during the call.
+    #[inline(always)]
+    pub unsafe fn read(at: *const Self) -> Option<Self> {
+        // SAFETY: inside the backend that the caller vouches for.
+        let generation = unsafe { &raw const (*at).generation };
+        // SAFETY: as above, aligned by its type.
+        let before = unsafe { generation.read_volatile() };
+        // SAFETY: the caller vouches for it; any bytes are a value.
+        let backend = unsafe { at.read_volatile() };
+        // SAFETY: as for the first one.
+        let after = unsafe { generation.read_volatile() };
+        if before == after && backend.generation == after { Some(backend) } else { None }
+    }
+
     /// Where the flags lie, for the agent, which stores them alone.
     pub const FLAGS_OFFSET: usize = core::mem::offset_of!(Self, flags);
 

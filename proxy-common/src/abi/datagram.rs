@@ -3,7 +3,7 @@
 //! One socket may talk to many VIPs, so socket storage is not enough here. Way out: (socket, VIP:port) → flow. Way back:
 //! (socket, backend:port) → VIP, believed only if the flow of that VIP still goes to that backend (B12).
 
-use super::{Address, BackendId, Port};
+use super::{Address, BackendId, Port, ServiceId};
 
 /// A socket and a peer of it.
 #[repr(C)]
@@ -38,7 +38,7 @@ pub struct DatagramFlow {
     /// The backend's port.
     pub backend_port: Port,
     answered: u16,
-    zero: u32,
+    seal: u32,
 }
 
 layout!(DatagramFlow, size = 40, fields = BackendId, u64, Address, Port, u16, u32);
@@ -49,17 +49,29 @@ const UNANSWERED_NS: u64 = 30_000_000_000;
 const ANSWERED_NS: u64 = 120_000_000_000;
 
 impl DatagramFlow {
-    /// A new flow.
+    /// A new flow of a datagram to `service`.
     #[inline(always)]
-    pub const fn new(backend_id: BackendId, backend: (Address, Port), now_ns: u64) -> Self {
+    pub const fn new(
+        service: ServiceId,
+        backend_id: BackendId,
+        backend: (Address, Port),
+        now_ns: u64,
+    ) -> Self {
         Self {
             backend_id,
             last_ns: now_ns,
             backend: backend.0,
             backend_port: backend.1,
             answered: 0,
-            zero: 0,
+            seal: super::seal(service, backend_id.bits(), 0),
         }
+    }
+
+    /// Whether the backend was chosen for `service`: the VIP may have gone to another one (C2), or the element to another
+    /// key. Time and answer are not sealed: threads of one socket write them into one element at the same time.
+    #[inline(always)]
+    pub const fn is_of(&self, service: ServiceId) -> bool {
+        self.seal == super::seal(service, self.backend_id.bits(), 0)
     }
 
     /// Whether the flow has been idle for so long that the next datagram chooses anew.
@@ -117,9 +129,12 @@ mod tests {
 
     #[test]
     fn idle_times_are_the_kernels() {
-        let mut flow = DatagramFlow::new(BackendId::new(1, 1), (Address::default(), Port::new(53)), 1_000);
+        let mut flow = DatagramFlow::new(7, BackendId::new(1, 1), (Address::default(), Port::new(53)), 1_000);
         assert!(!flow.is_idle(1_000 + UNANSWERED_NS - 1) && flow.is_idle(1_000 + UNANSWERED_NS));
         flow.answer(1_000);
         assert!(!flow.is_idle(1_000 + ANSWERED_NS - 1) && flow.is_idle(1_000 + ANSWERED_NS));
+        assert!(flow.is_of(7) && !flow.is_of(8));
+        flow.backend_id = BackendId::new(2, 1);
+        assert!(!flow.is_of(7), "an element that changes hands while it is read");
     }
 }

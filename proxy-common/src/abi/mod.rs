@@ -18,6 +18,17 @@ macro_rules! layout {
     };
 }
 
+/// Ties what an entry of an LRU table says to the service port that it was made for. The kernel may give an element to
+/// another key while a program reads it, so the reader may see the other key's value, or part of each; neither has the
+/// seal that the reader's own service port and the words that it saw make.
+#[inline(always)]
+#[must_use]
+const fn seal(service: ServiceId, first: u64, second: u64) -> u32 {
+    // Two odd constants (of splitmix64), so that ids that differ in little, or change places, differ in the upper half.
+    let mixed = first.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ second.wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    (mixed >> 32) as u32 ^ service
+}
+
 /// The low half of a packed word.
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "the low half is what is asked for")]

@@ -19,6 +19,7 @@ pub(super) fn choose(
     let key = AffinityKey::new(service, client);
     let mut entry = AffinityEntry::new(affinity.epoch());
     if let Some(found) = tables.affinity_entry(&key)
+        && found.is_of(service)
         && found.epoch == affinity.epoch()
     {
         entry = found;
@@ -34,7 +35,7 @@ pub(super) fn choose(
     let (id, backend) = chosen?;
     let renewed = AffinitySlot { backend: id, renewed_ns: now_ns };
     entry.set_slots(which, renewed, if other.backend == id { renewed } else { other });
-    tables.remember_affinity(&key, &entry);
+    tables.remember_affinity(&key, &entry.sealed(service));
     Some((id, backend))
 }
 

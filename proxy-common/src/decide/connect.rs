@@ -41,6 +41,16 @@ const TRIES: u32 = 3;
 pub fn connect(tables: &impl Tables, client: &impl Fn() -> Client, to: Peer, protocol: Protocol) -> Connect {
     let key = FrontendKey::new(to.0, to.1, protocol.number());
     let Some(frontend) = tables.frontend(&key) else { return Connect::Untouched };
+    through(tables, client, frontend)
+}
+
+/// Decides a new connection to a frontend.
+#[inline(always)]
+pub(super) fn through(
+    tables: &impl Tables,
+    client: &impl Fn() -> Client,
+    frontend: FrontendValue,
+) -> Connect {
     if frontend.has_source_ranges() {
         return Connect::SourceRanges;
     }

@@ -1,5 +1,6 @@
-use super::{Client, Connect, Peer, Tables, connect, select};
-use crate::abi::{Address, DatagramFlow, DatagramKey, DatagramOrigin, Port, Protocol};
+use super::connect::through;
+use super::{Client, Connect, Peer, Tables, select};
+use crate::abi::{Address, Backend, DatagramFlow, DatagramKey, DatagramOrigin, FrontendKey, Port, Protocol};
 
 /// What becomes of a datagram of an unconnected socket.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -10,27 +11,36 @@ pub enum Sent {
     New(Connect),
 }
 
-/// Rule B12: one backend per (socket, VIP:port) while it serves and the flow is not idle.
+/// Rule B12: one backend per (socket, VIP:port) while it serves and the flow is not idle. The frontend comes first: most
+/// datagrams are for no Service and pay for one look-up, and a VIP that has moved to another Service takes its flows
+/// along (C2). One that no Service has any more is left alone at once (unlike C7: our flows are sockets of this node, which
+/// would go on sending to it for ever).
 #[inline(always)]
 pub fn send(tables: &impl Tables, client: &impl Fn() -> Client, cookie: u64, to: Peer) -> Sent {
+    let frontend = FrontendKey::new(to.0, to.1, Protocol::Udp.number());
+    let Some(frontend) = tables.frontend(&frontend) else { return Sent::New(Connect::Untouched) };
+    let service = frontend.service();
     let key = DatagramKey::new(cookie, to);
     if let Some(mut flow) = tables.datagram_flow(&key) {
         let now_ns = tables.now_ns();
-        if !flow.is_idle(now_ns) && serves(tables, &flow) {
+        if flow.is_of(service)
+            && !flow.is_idle(now_ns)
+            && let Some(backend) = serving(tables, &flow)
+        {
             flow.last_ns = now_ns;
             tables.remember_datagram_flow(&key, &flow);
             // The two tables forget on their own: an active flow must not lose its way back.
-            let back = DatagramKey::new(cookie, (flow.backend, flow.backend_port));
+            let back = DatagramKey::new(cookie, (backend.address, backend.port));
             if tables.datagram_origin(&back) != Some(DatagramOrigin::new(to)) {
                 tables.remember_datagram_origin(&back, &DatagramOrigin::new(to));
             }
-            return Sent::Followed(flow.backend, flow.backend_port);
+            return Sent::Followed(backend.address, backend.port);
         }
     }
-    let decision = connect(tables, client, to, Protocol::Udp);
+    let decision = through(tables, client, frontend);
     if let Connect::Forward { id, backend } = decision {
         let peer = (backend.address, backend.port);
-        tables.remember_datagram_flow(&key, &DatagramFlow::new(id, peer, tables.now_ns()));
+        tables.remember_datagram_flow(&key, &DatagramFlow::new(service, id, peer, tables.now_ns()));
         tables.remember_datagram_origin(&DatagramKey::new(cookie, peer), &DatagramOrigin::new(to));
     }
     Sent::New(decision)
@@ -52,10 +62,9 @@ pub fn receive(tables: &impl Tables, cookie: u64, from: Peer) -> Option<Peer> {
     Some(vip)
 }
 
+/// The flow's backend, while it serves.
 #[inline(always)]
-fn serves(tables: &impl Tables, flow: &DatagramFlow) -> bool {
-    match select::get(tables, flow.backend_id) {
-        Some(backend) => backend.is_serving(),
-        None => false,
-    }
+fn serving(tables: &impl Tables, flow: &DatagramFlow) -> Option<Backend> {
+    let backend = select::get(tables, flow.backend_id)?;
+    if backend.is_serving() { Some(backend) } else { None }
 }

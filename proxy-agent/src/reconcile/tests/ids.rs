@@ -182,7 +182,8 @@ proptest! {
         }
         let (dump, last) = (engine.dump(), worlds.last().cloned().unwrap_or_default());
         let mut new = Memory::new(larger);
-        prop_assert!(engine.reconciler.move_to(&mut new).is_ok());
+        prop_assert!(engine.reconciler.copy_to(&mut new).is_ok());
+        engine.reconciler.moved_to(new.limits());
         let mut grown = Engine { dataplane: new, ..engine };
         prop_assert_eq!(grown.dump(), dump);
         world::check(&grown.dataplane, &[&grown.world], false)?;

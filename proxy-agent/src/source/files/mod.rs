@@ -52,14 +52,14 @@ pub fn load(dir: &Path) -> Result<Vec<Change>, Error> {
 
 /// Sends complete lists, then changes as they happen, until `tx` is closed. A thread of its own does the reading: a
 /// huge file must not hold up what else the runtime does. Dropping the future ends the thread.
-pub async fn run(dir: PathBuf, node_name: String, tx: mpsc::UnboundedSender<Batch>) -> Result<(), Error> {
+pub async fn run(dir: PathBuf, tx: mpsc::UnboundedSender<Batch>) -> Result<(), Error> {
     let (keep, stop) = UnixStream::pair().map_err(Error::Thread)?;
     let (result, done) = oneshot::channel();
     std::thread::Builder::new()
         .name("manifests".into())
         .spawn(move || {
             // Nobody listens any more if the future was dropped.
-            let _ = result.send(watch::follow(&dir, &node_name, &tx, &stop));
+            let _ = result.send(watch::follow(&dir, &tx, &stop));
         })
         .map_err(Error::Thread)?;
     let result = done.await;

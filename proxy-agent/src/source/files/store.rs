@@ -87,7 +87,8 @@ impl Store {
                 | Change::Service(_)
                 | Change::Node(_)
                 | Change::OwnAddresses(_)
-                | Change::Mended(_) => applied.push(change),
+                | Change::Mended(_)
+                | Change::Following { .. } => applied.push(change),
             }
         }
         applied.append(&mut keyless);
@@ -117,7 +118,8 @@ impl Store {
                     | Change::Service(Delta::List(_) | Delta::Delete(_))
                     | Change::Slice(Delta::List(_) | Delta::Delete(_))
                     | Change::OwnAddresses(_)
-                    | Change::Mended(_),
+                    | Change::Mended(_)
+                    | Change::Following { .. },
                 )
                 | None => {}
             }

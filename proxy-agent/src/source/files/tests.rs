@@ -49,7 +49,7 @@ fn show(changes: impl IntoIterator<Item = Change>) -> Vec<String> {
             Change::Service(d) => delta("svc", d, |s: &Service| s.key.clone()),
             Change::Slice(d) => delta("slice", d, |s: &Slice| s.key.clone()),
             Change::Node(d) => delta("node", d, |n| ObjectKey::new("", n.name.clone())),
-            Change::OwnAddresses(_) => vec![],
+            Change::OwnAddresses(_) | Change::Following { .. } => vec![],
             Change::Mended(object) => vec![format!("~{object}")],
         })
         .collect()
@@ -65,7 +65,8 @@ fn services(changes: &[Change]) -> Vec<Service> {
             | Change::Slice(_)
             | Change::Node(_)
             | Change::OwnAddresses(_)
-            | Change::Mended(_) => vec![],
+            | Change::Mended(_)
+            | Change::Following { .. } => vec![],
         })
         .collect()
 }
@@ -396,7 +397,7 @@ impl Live {
         fs::create_dir(&path).unwrap();
         prepare(&path);
         let (tx, mut rx) = mpsc::unbounded_channel();
-        tokio::spawn(run(path, "n1".into(), tx));
+        tokio::spawn(run(path, tx));
         assert_eq!(rx.recv().await.unwrap().len(), 3);
         Self { dir, rx, rest: VecDeque::new() }
     }
@@ -432,6 +433,30 @@ async fn writes_renames_links_and_deletes_are_followed() {
     fs::remove_file(live.path("c.yaml")).unwrap();
     assert_eq!(live.next().await, "-svc default/a");
     assert!(live.rx.is_empty() && live.rest.is_empty());
+}
+
+/// However often a file is renamed, and however late that is read, its objects are never missing.
+#[tokio::test]
+async fn a_file_that_is_renamed_again_before_it_is_read_is_not_gone() {
+    let mut live = Live::start(|dir| fs::write(dir.join("0.yaml"), service("a", "10.0.0.1")).unwrap()).await;
+    // Long enough to be read while the names go on changing.
+    for round in 0..300 {
+        for step in 0..5 {
+            let name = |number: u32| live.path(&format!("{number}.yaml"));
+            fs::rename(name(round * 5 + step), name(round * 5 + step + 1)).unwrap();
+        }
+        tokio::time::sleep(Duration::from_micros(u64::from(round))).await;
+    }
+    fs::write(live.path("last.yaml"), service("last", "10.0.0.2")).unwrap();
+    loop {
+        match live.next().await.as_str() {
+            "+svc default/a" => {}
+            other => {
+                assert_eq!(other, "+svc default/last");
+                break;
+            }
+        }
+    }
 }
 
 #[tokio::test]
@@ -485,7 +510,7 @@ async fn a_directory_that_goes_is_not_an_empty_one() {
 async fn dropping_the_future_ends_the_thread() {
     let dir = tempfile::tempdir().unwrap();
     let (tx, mut rx) = mpsc::unbounded_channel();
-    let task = tokio::spawn(run(dir.path().to_owned(), String::new(), tx));
+    let task = tokio::spawn(run(dir.path().to_owned(), tx));
     rx.recv().await.unwrap();
     task.abort();
     // The channel closes when the thread drops its sender.

@@ -18,7 +18,7 @@ use tracing::{debug, error, info, warn};
 use super::Error;
 use super::document::{Broken, Parsed, parse};
 use super::store::Store;
-use crate::object::{Batch, Change, Delta};
+use crate::object::{Batch, Change};
 
 /// Larger files are named and not read: their objects as values would take some twenty times as much memory.
 const MAX_FILE_BYTES: u64 = 64 << 20;
@@ -26,8 +26,10 @@ const MAX_FILE_BYTES: u64 = 64 << 20;
 /// How often to look for what inotify does not tell: the directory replaced by another, a link's target rewritten.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
-/// How long to wait for the other half of a rename, which the kernel reports as two events.
+/// How long to wait for word of a file that is gone: it may have another name now. (A rename is two events.)
 const RENAME_WAIT_MS: u8 = 1;
+/// So many times in a row: whoever renames without end does not hold up everything else.
+const RENAMES: u32 = 100;
 
 /// `CLOSE_WRITE`, not `MODIFY`: a file that is being written is half a file. `CREATE` is for links.
 const EVENTS: WatchMask = WatchMask::CLOSE_WRITE
@@ -54,6 +56,9 @@ struct Seen {
     /// Of a link's target, which may change without an event here.
     link: Option<Stamp>,
 }
+
+/// Files as they were found; `None`: gone. Of one that is there twice the later state counts.
+type Updates = Vec<(String, Option<Parsed>)>;
 
 /// The directory and what is in it.
 pub(super) struct Files {
@@ -85,11 +90,12 @@ impl Files {
                 None => warn!(dir = %self.dir.display(), ?name, "file name is not UTF-8; ignored"),
             }
         }
-        Ok(self.read(names))
+        let updates = self.look(names);
+        Ok(self.take(updates))
     }
 
-    /// Reads files of the directory, or finds that they are gone.
-    fn read(&mut self, names: impl IntoIterator<Item = String>) -> Vec<Change> {
+    /// Reads files of the directory, or finds that they are gone. Nothing follows from it before [`Self::take`].
+    fn look(&mut self, names: impl IntoIterator<Item = String>) -> Updates {
         let mut updates = Vec::new();
         for name in names {
             let path = self.dir.join(&name);
@@ -120,6 +126,11 @@ impl Files {
             self.seen.insert(name.clone(), Seen { content, link });
             updates.push((name, Some(parsed)));
         }
+        updates
+    }
+
+    /// What is different now, all at once.
+    fn take(&mut self, updates: Updates) -> Vec<Change> {
         if updates.is_empty() { Vec::new() } else { self.store.update(updates) }
     }
 
@@ -178,8 +189,6 @@ struct Events {
     links: bool,
     /// The directory itself went.
     dir_gone: bool,
-    /// First halves of renames, by cookie.
-    half_renames: BTreeSet<u32>,
 }
 
 /// Whether a file that just appeared is all there: a link is, what is being written is not (`CLOSE_WRITE` follows).
@@ -222,11 +231,6 @@ impl Watch {
                 if event.wd != self.descriptor {
                     continue;
                 }
-                if event.mask.contains(EventMask::MOVED_FROM) {
-                    events.half_renames.insert(event.cookie);
-                } else if event.mask.contains(EventMask::MOVED_TO) {
-                    events.half_renames.remove(&event.cookie);
-                }
                 let gone =
                     EventMask::DELETE_SELF | EventMask::MOVE_SELF | EventMask::IGNORED | EventMask::UNMOUNT;
                 events.dir_gone |= event.mask.intersects(gone);
@@ -245,36 +249,26 @@ impl Watch {
 }
 
 /// Sends lists, then changes, until the receiver or the other end of `stop` is gone.
-pub(super) fn follow(
-    dir: &Path,
-    node_name: &str,
-    tx: &UnboundedSender<Batch>,
-    stop: &UnixStream,
-) -> Result<(), Error> {
+pub(super) fn follow(dir: &Path, tx: &UnboundedSender<Batch>, stop: &UnixStream) -> Result<(), Error> {
     let failed = |source| Error::Watch { dir: dir.to_owned(), source };
     // Watch first, read then: what changes in between is read twice rather than missed.
     let mut watch = Watch::new(dir).map_err(failed)?;
     let mut files = Files::new(dir);
     files.scan()?;
-    let lists = files.lists();
-    warn_of_missing_node(&lists, node_name);
-    if !send(tx, lists) {
+    if !send(tx, files.lists()) {
         return Ok(());
     }
     let mut dir_missing = false;
+    // What came while files were read, besides their names.
+    let mut more = Events::default();
     loop {
         let timeout = PollTimeout::try_from(LOOK_AGAIN).unwrap_or(PollTimeout::MAX);
         let Some(woken) = wait(&watch, Some(stop), timeout).map_err(failed)? else {
             return Ok(());
         };
-        let mut events = Events::default();
+        let mut events = std::mem::take(&mut more);
         if woken {
             watch.drain(&mut events).map_err(failed)?;
-            if !events.half_renames.is_empty()
-                && wait(&watch, None, PollTimeout::from(RENAME_WAIT_MS)).map_err(failed)? == Some(true)
-            {
-                watch.drain(&mut events).map_err(failed)?;
-            }
         }
         if !woken || events.dir_gone {
             let now = fs::metadata(dir).map(|metadata| (metadata.dev(), metadata.ino()));
@@ -317,7 +311,20 @@ pub(super) fn follow(
                 }
             }
         } else {
-            files.read(events.names)
+            let mut updates = files.look(events.names);
+            // A file that was renamed and again before it could be read is under neither of the names that are known. So
+            // nobody hears that it is gone while there is news that may tell where it is.
+            for _ in 0..RENAMES {
+                let gone = updates.iter().any(|(_, parsed)| parsed.is_none());
+                let news = gone
+                    && wait(&watch, None, PollTimeout::from(RENAME_WAIT_MS)).map_err(failed)? == Some(true);
+                if !news {
+                    break;
+                }
+                watch.drain(&mut more).map_err(failed)?;
+                updates.extend(files.look(std::mem::take(&mut more.names)));
+            }
+            files.take(updates)
         };
         if !send(tx, changes) || tx.is_closed() {
             return Ok(());
@@ -340,17 +347,4 @@ fn wait(watch: &Watch, stop: Option<&UnixStream>, timeout: PollTimeout) -> io::R
 /// False if nobody listens any more.
 fn send(tx: &UnboundedSender<Batch>, changes: Batch) -> bool {
     changes.is_empty() || tx.send(changes).is_ok()
-}
-
-/// O4: a wrong name makes every endpoint remote.
-fn warn_of_missing_node(lists: &[Change], node_name: &str) {
-    for list in lists {
-        if let Change::Node(Delta::List(nodes)) = list
-            && !nodes.is_empty()
-            && !nodes.iter().flatten().any(|node| node.name == node_name)
-        {
-            let names: Vec<_> = nodes.iter().flatten().map(|node| node.name.as_str()).collect();
-            warn!(node_name, known = ?names, "no manifest of the own Node: no endpoint is local, no zone is known");
-        }
-    }
 }

@@ -9,7 +9,6 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
-use tracing::warn;
 
 use crate::object::{self, Node, ObjectKey, Problem, Read, Service, Slice, Unreadable};
 
@@ -19,12 +18,20 @@ pub(super) trait Slim: Clone + Debug + Send + 'static {
     type Api: Resource<DynamicType = ()> + DeserializeOwned;
     /// Its name, for people.
     const KIND: &'static str;
+    /// What follows if it may not be read.
+    const LOSS: &'static str;
+    /// Its resource, as roles name it.
+    fn plural() -> String {
+        Self::Api::plural(&()).into_owned()
+    }
     fn slim(object: &Self::Api) -> Self;
 }
 
 impl Slim for Service {
     type Api = core::Service;
     const KIND: &'static str = "Service";
+    const LOSS: &'static str =
+        "without Services nothing is programmed at the start, and later nothing changes";
     fn slim(object: &core::Service) -> Self {
         object::service(object)
     }
@@ -33,6 +40,8 @@ impl Slim for Service {
 impl Slim for Slice {
     type Api = discovery::EndpointSlice;
     const KIND: &'static str = "EndpointSlice";
+    const LOSS: &'static str = "without EndpointSlices nothing is programmed at the start, and later connections go to \
+                                endpoints that may be gone";
     fn slim(object: &discovery::EndpointSlice) -> Self {
         object::slice(object)
     }
@@ -41,6 +50,8 @@ impl Slim for Slice {
 impl Slim for Node {
     type Api = core::Node;
     const KIND: &'static str = "Node";
+    const LOSS: &'static str = "without the own Node nothing is programmed at the start, and later its zone (hints), its \
+                                addresses (NodePorts) and its pod ranges (externalTrafficPolicy) stay as they were";
     fn slim(object: &core::Node) -> Self {
         object::node(object)
     }
@@ -59,10 +70,6 @@ impl<T> Checked<T> {
     }
 
     pub(super) fn read(self) -> Read<T> {
-        if let Err(unreadable) = &self.read {
-            let Problem { object, field, message } = &unreadable.problem;
-            warn!("{object}: {field}: {message}");
-        }
         self.read
     }
 }

@@ -1,11 +1,14 @@
 use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use ::kube::client::Body;
 use http::{Request, Response};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
+use super::trouble::chain;
 use super::*;
 use crate::object::ObjectKey;
 
@@ -79,6 +82,8 @@ fn event(kind: &str, object: Value) -> Value {
 struct Run {
     server: Shared,
     rx: mpsc::UnboundedReceiver<Batch>,
+    /// What was said of each resource: why it is not followed, or `-` when it is again.
+    said: Vec<(String, String)>,
 }
 
 impl Run {
@@ -86,15 +91,29 @@ impl Run {
         let (server, client) = server(script);
         let (tx, rx) = mpsc::unbounded_channel();
         tokio::spawn(run(client, "n1".into(), tx));
-        Self { server, rx }
+        Self { server, rx, said: vec![] }
     }
 
     /// The next change; `None` if none comes within an hour (of paused time).
     async fn next(&mut self) -> Option<Change> {
-        // A watch event is a batch of one.
-        let batch = tokio::time::timeout(Duration::from_secs(3600), self.rx.recv()).await.ok().flatten()?;
-        let [change]: [Change; 1] = batch.try_into().unwrap();
-        Some(change)
+        loop {
+            let batch =
+                tokio::time::timeout(Duration::from_secs(3600), self.rx.recv()).await.ok().flatten()?;
+            let mut changes = Vec::new();
+            for change in batch {
+                match change {
+                    Change::Following { resource, trouble } => {
+                        self.said.push((resource, trouble.unwrap_or("-".into())));
+                    }
+                    other => changes.push(other),
+                }
+            }
+            // A watch event is a batch of one.
+            if let [change] = changes.as_slice() {
+                return Some(change.clone());
+            }
+            assert!(changes.is_empty(), "{changes:?}");
+        }
     }
 
     async fn next_service(&mut self) -> String {
@@ -291,9 +310,7 @@ async fn p9_only_what_is_read_of_the_node_is_reported() {
             Change::Node(Delta::List(list)) => zones.push(list[0].as_ref().unwrap().zone.clone().unwrap()),
             Change::Node(Delta::Apply(node)) => zones.push(node.unwrap().zone.unwrap()),
             Change::Node(Delta::Delete(key)) => zones.push(format!("-{key}")),
-            other @ (Change::Service(_) | Change::Slice(_) | Change::OwnAddresses(_) | Change::Mended(_)) => {
-                panic!("{other:?}")
-            }
+            other => panic!("{other:?}"),
         }
     }
     assert_eq!(zones, ["a", "b", "-n1", "b"]);
@@ -316,6 +333,108 @@ async fn the_source_ends_when_nobody_listens() {
     task.await.unwrap();
 }
 
+/// O6, Q7: a missing right is named with what its loss costs, once, until it is there again.
+#[tokio::test(start_paused = true)]
+async fn o6_a_missing_right_is_named_once() {
+    let message = "nodes is forbidden: User \"sheave\" cannot list resource \"nodes\" in API group \"\" at the cluster scope";
+    let forbidden = || {
+        let mut body = status(403, message);
+        body["reason"] = json!("Forbidden");
+        Answer::Status(403, body)
+    };
+    let mut run = Run::start([(
+        "nodes",
+        vec![forbidden(), forbidden(), Answer::Broken, forbidden(), Answer::List(5, vec![]), forbidden()],
+    )]);
+    assert_eq!(run.next().await, Some(Change::Node(Delta::List(vec![]))));
+    assert!(run.next().await.is_none());
+    let [first, broken, again, over, watch, allowed] = run.said.as_slice() else { panic!("{:?}", run.said) };
+    assert!(run.said.iter().all(|(resource, _)| resource == "nodes"));
+    assert!(
+        first.1.starts_with(&format!("list nodes: {message} (403 Forbidden); without the own Node")),
+        "{}",
+        first.1
+    );
+    assert!(broken.1.starts_with("list nodes: ") && broken.1.contains("connection reset"), "{}", broken.1);
+    assert_eq!((again, over.1.as_str()), (first, "-"));
+    assert!(watch.1.starts_with("watch nodes: "), "{}", watch.1);
+    assert_eq!(allowed.1, "-", "the next one was not refused");
+}
+
+/// A list that is allowed is no sign that a watch is: what is missing is said once, and the lists go on.
+#[tokio::test(start_paused = true)]
+async fn o6_a_watch_that_is_not_allowed_is_named_once() {
+    let forbidden = || Answer::Status(403, status(403, "cannot watch"));
+    let list = |version| Answer::List(version, vec![svc("a", version)]);
+    let mut answers = vec![];
+    for round in 0..4 {
+        answers.extend([list(round + 1), forbidden(), forbidden(), forbidden()]);
+    }
+    answers.extend([list(9), Answer::Watch(vec![event("ADDED", svc("b", 10))])]);
+    let mut run = Run::start([("services", answers)]);
+    for _ in 0..5 {
+        assert_eq!(run.next_service().await, "list ns/a");
+    }
+    assert_eq!(run.next_service().await, "apply ns/b");
+    let said: Vec<&str> = run.said.iter().map(|(_, what)| what.split(';').next().unwrap()).collect();
+    assert_eq!(said, ["watch services: cannot watch (403 cannot watch)", "-"]);
+
+    // Nothing comes from the watch that is allowed at last: that it stays is enough.
+    let mut run = Run::start([("services", vec![list(1), forbidden()])]);
+    assert_eq!(run.next_service().await, "list ns/a");
+    assert_eq!(run.next_service().await, "nothing");
+    assert_eq!(run.said.last().unwrap().1, "-");
+}
+
+/// S3, O6: one list of each kind with the selectors of `run`, page after page.
+#[tokio::test(start_paused = true)]
+async fn everything_is_listed_once() {
+    let first_page =
+        json!({"metadata": {"resourceVersion": "5", "continue": "more"}, "items": [svc("a", 1)]});
+    let (server, client) = server([
+        ("nodes", vec![Answer::List(5, vec![])]),
+        (
+            "services",
+            vec![
+                Answer::Status(200, first_page.clone()),
+                Answer::Status(410, status(410, "Expired")),
+                Answer::Status(200, first_page),
+                Answer::List(5, vec![svc("b", 2)]),
+            ],
+        ),
+        ("endpointslices", vec![Answer::List(5, vec![])]),
+    ]);
+    let changes = load(&client, "n1").await.unwrap();
+    let [Change::Node(_), Change::Service(Delta::List(services)), Change::Slice(_)] = changes.as_slice()
+    else {
+        panic!("{changes:?}")
+    };
+    assert_eq!(services.iter().map(name).collect::<Vec<_>>(), ["ns/a", "ns/b"]);
+    let seen = server.lock().unwrap().seen.join(" ");
+    for selector in
+        ["service-proxy-name", "clusterIP", "headless", "metadata.name%3Dn1", "continue=more", "limit=500"]
+    {
+        assert!(seen.contains(selector), "{selector}: {seen}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_cannot_be_listed_is_named() {
+    let empty = || vec![Answer::List(5, vec![])];
+    for (answers, expected) in [
+        (
+            vec![Answer::Status(403, status(403, "User \"u\" cannot list resource"))],
+            "list endpointslices: User \"u\" cannot",
+        ),
+        (vec![Answer::Broken], "list endpointslices: ServiceError: connection reset"),
+        (vec![], "list endpointslices: no answer within 15 s"),
+    ] {
+        let (_, client) = server([("nodes", empty()), ("services", empty()), ("endpointslices", answers)]);
+        let error = load(&client, "n1").await.unwrap_err().to_string();
+        assert!(error.starts_with(expected), "{error}");
+    }
+}
+
 #[tokio::test]
 async fn what_is_wrong_with_the_options_is_said() {
     let options = |kubeconfig: Option<&str>, master: Option<&str>| KubeOptions {
@@ -323,11 +442,15 @@ async fn what_is_wrong_with_the_options_is_said() {
         master: master.map(str::to_owned),
         context: None,
     };
-    let error = client(&options(Some("/nowhere/conf"), None)).await.err().unwrap();
+    let error = connect(&options(Some("/nowhere/conf"), None)).await.err().unwrap();
     assert_eq!(error.to_string(), "cannot use the kubeconfig /nowhere/conf");
-    let error = client(&options(None, Some("http://[x"))).await.err().unwrap();
+    let error = connect(&options(None, Some("http://[x"))).await.err().unwrap();
     assert_eq!(error.to_string(), "the API server's URL \"http://[x\" (--master) cannot be used");
-    let error = client(&options(None, None)).await.err().unwrap();
+    let error = connect(&options(None, None)).await.err().unwrap();
     assert!(matches!(error, Error::InCluster(_)), "{error}");
-    client(&options(None, Some("http://127.0.0.1:1"))).await.unwrap();
+    let error = connect(&options(None, Some("127.0.0.1:6443"))).await.err().unwrap();
+    assert!(chain(&error).ends_with("it does not begin with https:// or http://"), "{error}");
+    // Without a service account to add, as nobody.
+    let connection = connect(&options(None, Some("http://127.0.0.1:1"))).await.unwrap();
+    assert_eq!(connection.url, "http://127.0.0.1:1/");
 }
