@@ -1,7 +1,11 @@
 //! Every frontend kind × origin × place of the backend × policy, over TCP and UDP in both families, by real packets of
 //! clients that no socket hook saw: the table is printed.
 
-#![expect(clippy::unwrap_used, reason = "the helpers of tests fail as tests do")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "the helpers of tests fail as tests do; the table is printed"
+)]
 
 use sheave_tests::nodes::{
     Guard, Layout, World,

@@ -39,18 +39,18 @@ fn pins(scene: &Scene) -> Pins {
 }
 
 fn settings(scene: &Scene) -> PacketSettings {
-    let map = Map::from_map_data(open_pinned(&pins(scene), 0, "PACKET_SETTINGS").unwrap()).unwrap();
+    let map = Map::from_map_data(open_pinned(&pins(scene).state(), "PACKET_SETTINGS").unwrap()).unwrap();
     let settings: Array<MapData, PacketSettings> = map.try_into().unwrap();
     settings.get(&0, 0).unwrap()
 }
 
 fn cluster_ips(scene: &Scene) -> BTreeSet<String> {
-    let table: Table<Address, u32> = Table::open(&pins(scene), 0, "CLUSTER_IPS").unwrap();
+    let table: Table<Address, u32> = Table::open(&pins(scene).state(), "CLUSTER_IPS").unwrap();
     table.entries().unwrap().iter().map(|(address, _)| address.ip().to_string()).collect()
 }
 
 fn vips(scene: &Scene) -> BTreeSet<usize> {
-    let map = open_pinned(&pins(scene), 0, "VIPS").unwrap();
+    let map = open_pinned(&pins(scene).state(), "VIPS").unwrap();
     let bytes: Mapping<[u8; VIP_PLACES]> = Mapping::new(map.fd(), 1, false).unwrap();
     (0..VIP_PLACES).filter(|place| bytes.load(*place) != 0).collect()
 }
@@ -203,7 +203,7 @@ fn p14_excluded_cluster_ips_are_left_alone() {
 
 /// Record, range and bits of the 128-bit form.
 fn ranges(scene: &Scene) -> BTreeSet<(u32, String, u32)> {
-    let map = Map::from_map_data(open_pinned(&pins(scene), 0, "SOURCE_RANGES").unwrap()).unwrap();
+    let map = Map::from_map_data(open_pinned(&pins(scene).state(), "SOURCE_RANGES").unwrap()).unwrap();
     let trie: LpmTrie<MapData, SourceRange, u32> = map.try_into().unwrap();
     let read = |key: aya::maps::lpm_trie::Key<SourceRange>| {
         let range = key.data();
@@ -213,7 +213,7 @@ fn ranges(scene: &Scene) -> BTreeSet<(u32, String, u32)> {
 }
 
 fn record(scene: &Scene, vip: &str, port: u16, protocol: u8) -> u32 {
-    let table: Table<FrontendKey, FrontendValue> = Table::open(&pins(scene), 0, "FRONTENDS").unwrap();
+    let table: Table<FrontendKey, FrontendValue> = Table::open(&pins(scene).tables(0), "FRONTENDS").unwrap();
     let key = FrontendKey::new(ip(vip).into(), Port::new(port), protocol);
     table.get(&key).unwrap().unwrap().service()
 }
@@ -277,9 +277,9 @@ impl Connections {
     fn open(scene: &Scene) -> Self {
         let pins = pins(scene);
         Self {
-            flows: Table::open(&pins, 0, "FLOWS").unwrap(),
-            young: Table::open(&pins, 0, "YOUNG_FLOWS").unwrap(),
-            snat: Table::open(&pins, 0, "SNAT").unwrap(),
+            flows: Table::open(&pins.state(), "FLOWS").unwrap(),
+            young: Table::open(&pins.state(), "YOUNG_FLOWS").unwrap(),
+            snat: Table::open(&pins.state(), "SNAT").unwrap(),
         }
     }
 

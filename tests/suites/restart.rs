@@ -234,7 +234,8 @@ fn a_link_of_another_cgroup_is_replaced() {
     let node = scene.node().unwrap();
     for (cgroup_root, expected) in rounds {
         let source = Source::Manifests(scene.lab().manifests().path());
-        let mut agent = Agent::spawn_with(node, &source, cgroup_root, &[] as &[&str]).unwrap();
+        // By packets everybody is served.
+        let mut agent = Agent::spawn_with(node, &source, cgroup_root, &["--packet-path", "off"]).unwrap();
         agent.wait_synced(STARTED_WITHIN).unwrap();
         let working = clients.each_ref().map(works);
         assert_eq!(working, expected, "{}", cgroup_root.display());

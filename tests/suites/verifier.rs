@@ -12,7 +12,7 @@ use proxy_agent::kernel::programs::{CLASSIFIERS, OBJECT, PROGRAMS};
 const MAX_VERIFIED: u32 = 20_000;
 
 /// The same for a program of the packet path, which reads headers of every shape.
-const MAX_VERIFIED_PACKET: u32 = 200_000;
+const MAX_VERIFIED_PACKET: u32 = 400_000;
 
 #[test]
 fn every_program_loads_with_every_setting() {

@@ -149,6 +149,31 @@ impl Mapping<Backend> {
     }
 }
 
+impl<const N: usize> Mapping<[u8; N]> {
+    /// Writes one of the bytes of entry 0.
+    ///
+    /// # Errors
+    /// E2BIG if out of range.
+    pub fn store(&mut self, place: usize, byte: u8) -> io::Result<()> {
+        self.byte(place)?.store(byte, Ordering::Release);
+        Ok(())
+    }
+
+    /// Reads one of them; 0 if out of range.
+    pub fn load(&self, place: usize) -> u8 {
+        self.byte(place).map_or(0, |byte| byte.load(Ordering::Acquire))
+    }
+
+    fn byte(&self, place: usize) -> io::Result<&AtomicU8> {
+        if place >= N {
+            return Err(io::Error::from_raw_os_error(libc::E2BIG));
+        }
+        let at = self.at(0, place)?;
+        // SAFETY: in the mapping, and shared with the kernel, which reads and writes it with single byte accesses.
+        Ok(unsafe { AtomicU8::from_ptr(at.as_ptr()) })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -192,30 +217,5 @@ mod tests {
             reader.join()
         });
         assert!(seen.unwrap() > 0);
-    }
-}
-
-impl<const N: usize> Mapping<[u8; N]> {
-    /// Writes one of the bytes of entry 0.
-    ///
-    /// # Errors
-    /// E2BIG if out of range.
-    pub fn store(&mut self, place: usize, byte: u8) -> io::Result<()> {
-        self.byte(place)?.store(byte, Ordering::Release);
-        Ok(())
-    }
-
-    /// Reads one of them; 0 if out of range.
-    pub fn load(&self, place: usize) -> u8 {
-        self.byte(place).map_or(0, |byte| byte.load(Ordering::Acquire))
-    }
-
-    fn byte(&self, place: usize) -> io::Result<&AtomicU8> {
-        if place >= N {
-            return Err(io::Error::from_raw_os_error(libc::E2BIG));
-        }
-        let at = self.at(0, place)?;
-        // SAFETY: in the mapping, and shared with the kernel, which reads and writes it with single byte accesses.
-        Ok(unsafe { AtomicU8::from_ptr(at.as_ptr()) })
     }
 }

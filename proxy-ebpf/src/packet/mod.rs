@@ -79,6 +79,11 @@ pub(crate) fn egress(ctx: &TcContext) -> i32 {
         };
     }
     match answer {
+        LEAVE_OWN => answer = packet_leave_own(ctx.skb.skb),
+        REPLACE_SOURCE => answer = packet_replace_source(ctx.skb.skb),
+        _ => {}
+    }
+    match answer {
         REFUSE => packet_refuse_own(ctx.skb.skb),
         // SAFETY: any interface index is allowed; without a next hop the routing tables tell it.
         LEAVE => (unsafe { bpf_redirect_neigh(redirect_to(), null_mut(), 0, 0) }) as i32,
@@ -111,6 +116,8 @@ const OWN_NODE: i32 = 1 << 19;
 const LEAVE: i32 = 1 << 20;
 const COME_IN: i32 = 1 << 21;
 const BEGIN: i32 = 1 << 22;
+const LEAVE_OWN: i32 = 1 << 23;
+const REPLACE_SOURCE: i32 = 1 << 24;
 
 /// Reads the headers into `HEADERS`.
 #[unsafe(no_mangle)]
@@ -168,7 +175,7 @@ extern "C" fn packet_stay(skb: *mut __sk_buff, otherwise: u32) -> i32 {
 extern "C" fn packet_own_node(skb: *mut __sk_buff) -> i32 {
     let ctx = TcContext::new(skb);
     let Some(headers) = headers() else { return NEXT };
-    answer(decide::own_node(&mut Skb::new(&ctx), &Device::leaving(&ctx), headers))
+    answer(Some(decide::own_node(&Device::leaving(&ctx), headers)))
 }
 
 #[unsafe(no_mangle)]
@@ -177,7 +184,7 @@ extern "C" fn packet_begin_own(skb: *mut __sk_buff) -> i32 {
     let ctx = TcContext::new(skb);
     let Some(headers) = headers() else { return DROP };
     let Some(flow) = FLOW.get(0) else { return DROP };
-    answer(decide::begin_own(&mut Skb::new(&ctx), &Device::leaving(&ctx), headers, flow))
+    answer(Some(decide::begin_own(&Device::leaving(&ctx), headers, flow)))
 }
 
 #[unsafe(no_mangle)]
@@ -185,7 +192,23 @@ extern "C" fn packet_begin_own(skb: *mut __sk_buff) -> i32 {
 extern "C" fn packet_stay_own(skb: *mut __sk_buff, otherwise: u32) -> i32 {
     let ctx = TcContext::new(skb);
     let Some(headers) = headers() else { return DROP };
-    answer(decide::stay_own(&mut Skb::new(&ctx), &Device::leaving(&ctx), headers, verdict(otherwise)))
+    answer(Some(decide::stay_own(&Device::leaving(&ctx), headers, verdict(otherwise))))
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn packet_leave_own(skb: *mut __sk_buff) -> i32 {
+    let ctx = TcContext::new(skb);
+    let Some(headers) = headers() else { return DROP };
+    answer(decide::leave_own(&mut Skb::new(&ctx), &Device::leaving(&ctx), headers))
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn packet_replace_source(skb: *mut __sk_buff) -> i32 {
+    let ctx = TcContext::new(skb);
+    let Some(headers) = headers() else { return DROP };
+    answer(decide::replace_source(&mut Skb::new(&ctx), &Device::leaving(&ctx), headers))
 }
 
 /// The verdicts of a decision that makes no flow.
@@ -249,6 +272,8 @@ fn answer(verdict: Option<Verdict>) -> i32 {
         Some(Verdict::Begin) => return BEGIN,
         Some(Verdict::ToBackend) => return BRIDGE,
         Some(Verdict::OwnNode) => return OWN_NODE,
+        Some(Verdict::LeaveOwn) => return LEAVE_OWN,
+        Some(Verdict::ReplaceSource) => return REPLACE_SOURCE,
         Some(Verdict::Leave(device)) => (device, LEAVE),
         Some(Verdict::ComeIn(device)) => (device, COME_IN),
     };

@@ -163,13 +163,19 @@ impl Node {
             packet::egress(frame, &self.maps, &mut headers)
         };
         if verdict == Some(Verdict::OwnNode) {
-            verdict = packet::own_node(frame, &self.maps, &headers);
+            verdict = Some(packet::own_node(&self.maps, &headers));
         }
         if verdict == Some(Verdict::Begin) {
-            verdict = match packet::decide(&self.maps, &headers) {
-                Decision::Forward(flow) => packet::begin_own(frame, &self.maps, &headers, &flow),
-                Decision::Verdict(otherwise) => packet::stay_own(frame, &self.maps, &headers, otherwise),
-            };
+            verdict = Some(match packet::decide(&self.maps, &headers) {
+                Decision::Forward(flow) => packet::begin_own(&self.maps, &headers, &flow),
+                Decision::Verdict(otherwise) => packet::stay_own(&self.maps, &headers, otherwise),
+            });
+        }
+        if verdict == Some(Verdict::LeaveOwn) {
+            verdict = packet::leave_own(frame, &self.maps, &headers);
+        }
+        if verdict == Some(Verdict::ReplaceSource) {
+            verdict = packet::replace_source(frame, &self.maps, &headers);
         }
         self.after(verdict, frame, &headers)
     }
@@ -188,7 +194,9 @@ impl Node {
             },
             Some(Verdict::Leave(device)) => After::Leave(device),
             Some(Verdict::ComeIn(device)) => After::ComeIn(device),
-            Some(verdict @ (Verdict::Begin | Verdict::OwnNode)) => panic!("{verdict:?} is no end"),
+            Some(
+                verdict @ (Verdict::Begin | Verdict::OwnNode | Verdict::LeaveOwn | Verdict::ReplaceSource),
+            ) => panic!("{verdict:?} is no end"),
         }
     }
 

@@ -24,7 +24,7 @@ pub(super) const fn fold(sum: u32) -> u16 {
 /// A stored checksum after what it covers has changed by `difference`.
 #[inline(always)]
 pub(super) const fn adjusted(checksum: u16, difference: u32) -> u16 {
-    !fold(add(!checksum as u16 as u32, difference))
+    !fold(add(!checksum as u32, difference))
 }
 
 #[cfg(test)]

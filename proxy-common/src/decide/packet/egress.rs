@@ -52,33 +52,50 @@ pub fn egress(
             return Some(Verdict::Next);
         }
     }
-    if tables.may_be_flow(&source.0, source.1) {
-        let key = FlowKey::new(source.0, source.1, headers.protocol);
-        let known = find(tables, &key, |flow| {
-            flow.needs_snat() && flow.backend == destination.0 && flow.backend_port == destination.1
-        });
-        if let Some((key, entry)) = known {
-            let flow = entry.flow();
-            let mut to = (flow.snat, flow.snat_port);
-            if flow.snat_port == Port::new(0) {
-                let Some(claimed) =
-                    claim(tables, source_by(tables.device(), headers.v6), headers, &key, destination)
-                else {
-                    tables.count(Outcome::PacketNoSourcePort);
-                    return Some(Verdict::Drop);
-                };
-                entry.set_snat(claimed.0, claimed.1);
-                to = claimed;
-            }
-            rewrite(packet, headers, Side::Source, to)?;
-            tables.count(Outcome::PacketSourceReplaced);
-            return Some(Verdict::Next);
+    if tables.may_be_flow(&source.0, source.1)
+        && let Some((_, entry)) = find_to_replace(tables, headers)
+    {
+        let to = (entry.flow().snat, entry.flow().snat_port);
+        if to.1 == Port::new(0) {
+            return Some(Verdict::ReplaceSource);
         }
+        rewrite(packet, headers, Side::Source, to)?;
+        tables.count(Outcome::PacketSourceReplaced);
+        return Some(Verdict::Next);
     }
     if tables.is_own() && tables.may_be_vip(&destination.0) {
         return Some(Verdict::OwnNode);
     }
     Some(Verdict::Next)
+}
+
+/// The first packet of a flow that leaves with another source.
+#[inline(always)]
+pub fn replace_source(
+    packet: &mut impl Packet,
+    tables: &impl PacketTables,
+    headers: &Headers,
+) -> Option<Verdict> {
+    let Some((key, entry)) = find_to_replace(tables, headers) else { return Some(Verdict::Drop) };
+    let snat = source_by(tables.device(), headers.v6);
+    let Some(to) = claim(tables, snat, headers, &key, headers.destination) else {
+        tables.count(Outcome::PacketNoSourcePort);
+        return Some(Verdict::Drop);
+    };
+    entry.set_snat(to.0, to.1);
+    rewrite(packet, headers, Side::Source, to)?;
+    tables.count(Outcome::PacketSourceReplaced);
+    Some(Verdict::Next)
+}
+
+/// The flow of a packet that goes to a backend with a source that is not to be seen there.
+#[inline(always)]
+fn find_to_replace<T: PacketTables>(tables: &T, headers: &Headers) -> Option<(FlowKey, T::Entry)> {
+    let key = FlowKey::new(headers.source.0, headers.source.1, headers.protocol);
+    let backend = headers.destination;
+    find(tables, &key, |flow| {
+        flow.needs_snat() && flow.backend == backend.0 && flow.backend_port == backend.1
+    })
 }
 
 /// The backend has answered: the flow grows up with its first reply.
@@ -151,7 +168,7 @@ pub(super) fn claim(
     }
     for _ in 0..TRIES {
         let offset = (tables.random() as u64 * settings.snat_count as u64) >> 32;
-        key.snat_port = Port::new(settings.snat_first.wrapping_add(offset as u16));
+        key.snat_port = Port::new(settings.snat_first.wrapping_add(low(offset)));
         if tables.claim_snat(&key, client) {
             return Some((snat, key.snat_port));
         }
@@ -174,4 +191,11 @@ pub(super) fn claim(
         }
     }
     None
+}
+
+/// The low sixteen bits.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "the low half is what is asked for")]
+const fn low(number: u64) -> u16 {
+    number as u16
 }

@@ -14,10 +14,10 @@ pub(super) fn find<T: PacketTables>(
     fits: impl Fn(&Flow) -> bool,
 ) -> Option<(FlowKey, T::Entry)> {
     let entry = tables.flow(key);
-    if let Some(entry) = entry {
-        if fits(entry.flow()) {
-            return Some((*key, entry));
-        }
+    if let Some(entry) = entry
+        && fits(entry.flow())
+    {
+        return Some((*key, entry));
     }
     // A hole in slot 0 says nothing about the others once anybody has used them: young flows are thrown out one by one.
     if !tables.several_vips() {
@@ -26,10 +26,10 @@ pub(super) fn find<T: PacketTables>(
     for slot in 1..FlowKey::SLOTS {
         let key = key.in_slot(slot);
         let entry = tables.flow(&key);
-        if let Some(entry) = entry {
-            if fits(entry.flow()) {
-                return Some((key, entry));
-            }
+        if let Some(entry) = entry
+            && fits(entry.flow())
+        {
+            return Some((key, entry));
         }
     }
     None

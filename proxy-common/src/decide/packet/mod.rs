@@ -17,11 +17,11 @@ mod nat;
 mod own_node;
 mod refuse;
 
-pub use egress::egress;
+pub use egress::{egress, replace_source};
 pub use headers::{Headers, L2_BYTES, parse};
 pub use icmp::{icmp_egress, icmp_ingress};
 pub use ingress::{Decision, begin, decide, ingress, stay};
-pub use own_node::{begin_own, own_node, stay_own};
+pub use own_node::{begin_own, leave_own, own_node, stay_own};
 pub use refuse::refuse;
 
 use super::Tables;
@@ -158,6 +158,10 @@ pub enum Verdict {
     ToBackend,
     /// A process of this node sends it to what may be a VIP: [`own_node`] says what becomes of it.
     OwnNode,
+    /// It is such a packet, and its flow is known: [`leave_own`] sends it.
+    LeaveOwn,
+    /// It leaves for a backend that has not seen its source yet: [`replace_source`] finds one.
+    ReplaceSource,
     /// It leaves by this interface, by way of the neighbour tables.
     Leave(u32),
     /// It comes in by this interface.

@@ -10,53 +10,38 @@ use super::{FlowEntry, Headers, Packet, PacketTables, Route, Verdict};
 use crate::abi::{Device, Flow, FlowKey, Outcome, Port};
 
 /// A packet that leaves for what may be a VIP. [`Verdict::Begin`] asks for a decision as at ingress, and then for
-/// [`begin_own`] or [`stay_own`].
+/// [`begin_own`] or [`stay_own`]; [`Verdict::LeaveOwn`] for [`leave_own`].
 #[inline(always)]
-pub fn own_node(packet: &mut impl Packet, tables: &impl PacketTables, headers: &Headers) -> Option<Verdict> {
-    let Some(protocol) = headers.transport() else { return Some(other(tables, headers)) };
-    let Some((key, entry)) = find_dialled(tables, headers) else {
-        return Some(if begins(headers) { Verdict::Begin } else { Verdict::Next });
+pub fn own_node(tables: &impl PacketTables, headers: &Headers) -> Verdict {
+    let Some(protocol) = headers.transport() else { return other(tables, headers) };
+    let Some((_, entry)) = find_dialled(tables, headers) else {
+        return if begins(headers) { Verdict::Begin } else { Verdict::Next };
     };
     if begins(headers) && is_over(tables, protocol, entry.flow()) {
-        return Some(Verdict::Begin);
+        return Verdict::Begin;
     }
     follow(tables, headers, &entry);
-    leave(packet, tables, headers, &key, &entry)
+    Verdict::LeaveOwn
 }
 
 /// As [`super::begin`].
 #[inline(always)]
-pub fn begin_own(
-    packet: &mut impl Packet,
-    tables: &impl PacketTables,
-    headers: &Headers,
-    flow: &Flow,
-) -> Option<Verdict> {
-    let Some((key, entry)) = remember(tables, headers, flow) else { return Some(Verdict::Drop) };
-    leave(packet, tables, headers, &key, &entry)
+pub fn begin_own(tables: &impl PacketTables, headers: &Headers, flow: &Flow) -> Verdict {
+    if remember(tables, headers, flow).is_some() { Verdict::LeaveOwn } else { Verdict::Drop }
 }
 
 /// As [`super::stay`].
 #[inline(always)]
-pub fn stay_own(
-    packet: &mut impl Packet,
-    tables: &impl PacketTables,
-    headers: &Headers,
-    otherwise: Verdict,
-) -> Option<Verdict> {
-    let Some((key, entry)) = find_staying(tables, headers) else { return Some(otherwise) };
+pub fn stay_own(tables: &impl PacketTables, headers: &Headers, otherwise: Verdict) -> Verdict {
+    let Some((_, entry)) = find_staying(tables, headers) else { return otherwise };
     follow(tables, headers, &entry);
-    leave(packet, tables, headers, &key, &entry)
+    Verdict::LeaveOwn
 }
 
+/// Sends such a packet to its flow's backend.
 #[inline(always)]
-fn leave<T: PacketTables>(
-    packet: &mut impl Packet,
-    tables: &T,
-    headers: &Headers,
-    key: &FlowKey,
-    entry: &T::Entry,
-) -> Option<Verdict> {
+pub fn leave_own(packet: &mut impl Packet, tables: &impl PacketTables, headers: &Headers) -> Option<Verdict> {
+    let Some((key, entry)) = find_dialled(tables, headers) else { return Some(Verdict::Drop) };
     let backend = (entry.flow().backend, entry.flow().backend_port);
     let here = tables.device();
     let (snat, verdict) = match tables.route(&backend.0, headers.v6) {
@@ -79,7 +64,7 @@ fn leave<T: PacketTables>(
     };
     let mut source = (entry.flow().snat, entry.flow().snat_port);
     if source.1 == Port::new(0) {
-        let Some(claimed) = claim(tables, snat, headers, key, backend) else {
+        let Some(claimed) = claim(tables, snat, headers, &key, backend) else {
             tables.count(Outcome::PacketNoSourcePort);
             return Some(Verdict::Drop);
         };

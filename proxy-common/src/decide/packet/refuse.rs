@@ -46,10 +46,17 @@ fn swap_link_addresses(packet: &mut impl Packet) -> Option<()> {
     packet.store16(10, to_rest)
 }
 
+/// A length in network order. No packet is longer than sixteen bits can say.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "see above")]
+const fn length(bytes: u32) -> u16 {
+    (bytes as u16).to_be()
+}
+
 /// A 16-bit number in network order, as part of a sum.
 #[inline(always)]
 const fn word(number: u32) -> u32 {
-    (number as u16).to_be() as u32
+    length(number) as u32
 }
 
 /// RFC 9293, 3.5.2.
@@ -100,8 +107,8 @@ fn reset(packet: &mut impl Packet, headers: &Headers) -> Option<()> {
     if payload == 0 {
         // By difference: the checksum may be one that a device is still to finish.
         packet.fix_checksum(l4 + 16, content, Covers::Content, false, headers.v6)?;
-        let length = replaced(0, word(total), word(TCP_BYTES));
-        packet.fix_checksum(l4 + 16, length, Covers::PseudoHeader, false, headers.v6)?;
+        let shorter = replaced(0, word(total), word(TCP_BYTES));
+        packet.fix_checksum(l4 + 16, shorter, Covers::PseudoHeader, false, headers.v6)?;
     } else {
         packet.store16(l4 + 16, 0)?;
         let mut sum = pseudo_header(headers, TCP_BYTES, Protocol::Tcp.number());
@@ -160,13 +167,13 @@ fn ip_header(packet: &mut impl Packet, headers: &Headers, payload: u32, protocol
     let l3 = L2_BYTES;
     if headers.v6 {
         packet.store32(l3, u32::from_ne_bytes([0x60, 0, 0, 0]))?;
-        packet.store16(l3 + 4, (payload as u16).to_be())?;
+        packet.store16(l3 + 4, length(payload))?;
         packet.store8(l3 + 6, protocol)?;
         packet.store8(l3 + 7, TTL)?;
         store_v6(packet, l3 + 8, &headers.destination.0)?;
         return store_v6(packet, l3 + 24, &headers.source.0);
     }
-    let length = ((V4_BYTES + payload) as u16).to_be().to_ne_bytes();
+    let length = length(V4_BYTES + payload).to_ne_bytes();
     let words = [
         u32::from_ne_bytes([0x45, 0, length[0], length[1]]),
         // Don't fragment.
