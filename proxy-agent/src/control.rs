@@ -205,9 +205,12 @@ async fn converse(stream: UnixStream, questions: mpsc::Sender<Question>) -> io::
 /// If none answers, or it refuses.
 pub async fn ask(path: &Path, request: &Request) -> Result<Value, Error> {
     let error = |source| Error::Ask { path: path.to_owned(), source };
-    let mut stream = UnixStream::connect(path).await.map_err(|source| match source.kind() {
-        io::ErrorKind::PermissionDenied => Error::Forbidden { path: path.to_owned(), source },
-        _ => error(source),
+    let mut stream = UnixStream::connect(path).await.map_err(|source| {
+        if source.kind() == io::ErrorKind::PermissionDenied {
+            Error::Forbidden { path: path.to_owned(), source }
+        } else {
+            error(source)
+        }
     })?;
     let mut bytes = serde_json::to_vec(request).map_err(|source| error(source.into()))?;
     bytes.push(b'\n');

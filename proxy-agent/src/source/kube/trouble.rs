@@ -132,10 +132,13 @@ fn verb(error: &watcher::Error) -> &'static str {
 
 fn is_forbidden(error: &watcher::Error) -> bool {
     match error {
-        watcher::Error::InitialListFailed(error) | watcher::Error::WatchStartFailed(error) => match error {
-            ::kube::Error::Api(status) => status.code == 403,
-            _ => false,
-        },
+        watcher::Error::InitialListFailed(error) | watcher::Error::WatchStartFailed(error) => {
+            if let ::kube::Error::Api(status) = error {
+                status.code == 403
+            } else {
+                false
+            }
+        }
         watcher::Error::WatchError(status) => status.code == 403,
         watcher::Error::WatchFailed(_) | watcher::Error::NoResourceVersion => false,
     }
