@@ -40,7 +40,9 @@ pub(crate) fn kubeconfig(plane: &ControlPlane, user: &Value) -> Value {
 
 /// Gives the cluster all that is in `deploy/sheave.yaml`: the account, its role, and a DaemonSet that nobody runs.
 pub fn deploy(plane: &ControlPlane) -> Result<()> {
-    plane.kubectl(&["apply", "--server-side", "--validate=false", "-f", MANIFEST]).map(drop)
+    // A test may have changed the role meanwhile.
+    let options = ["--server-side", "--force-conflicts", "--validate=false"];
+    plane.kubectl(&[&["apply", "-f", MANIFEST], &options[..]].concat()).map(drop)
 }
 
 /// A token of the account. One that is bound to a Pod is worth nothing any more when the Pod is gone.

@@ -6,6 +6,7 @@
 mod lifecycle;
 mod outages;
 mod policy;
+mod rights;
 mod slices;
 
 use std::time::Duration;
