@@ -152,6 +152,13 @@ impl Cluster {
         Ok(())
     }
 
+    /// Starts the server of one pod again.
+    pub fn serve_again(&mut self, node: usize, pod: usize) -> Result<()> {
+        let server = self.place(node, pod)?.serve(TARGET)?;
+        self.servers.push(server);
+        Ok(())
+    }
+
     /// Ends the server of one place, with its connections: its process has gone.
     pub fn stop_serving(&mut self, name: &str) {
         self.servers.retain(|server| server.name() != name);

@@ -7,6 +7,7 @@ mod lifecycle;
 mod outages;
 mod policy;
 mod rights;
+mod rolling;
 mod slices;
 
 use std::time::Duration;
