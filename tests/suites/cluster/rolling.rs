@@ -5,11 +5,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use anyhow::ensure;
 use sheave_tests::{
     client::Client,
     kubernetes::cluster::Cluster,
     manifests::Object,
     protocol::{LoopReport, LoopSpec, Transport},
+    scene::eventually,
 };
 
 use crate::{V4, V6, client, cluster, dial, refused, serves, tcp, web};
@@ -26,12 +28,23 @@ const ROUNDS: usize = 3;
 /// Between two attempts of each of four loops: some 2,400 connections a second in all.
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// A pod that shall end: it is terminating, still serves, then nobody is sent to it any more, and it goes.
-fn end(cluster: &mut Cluster, clients: &[Client], pod: &Object, left: &[&str]) {
+/// A pod that shall end: it is terminating, still serves, then nobody is sent to it any more, and it goes when the last
+/// that was sent to it has its answer.
+fn end(cluster: &mut Cluster, clients: &[Client], loops: &[(&Client, u64)], pod: &Object, left: &[&str]) {
     cluster.api().delete_in(pod, GRACE_S).unwrap();
     for client in clients {
         tcp(client, V4, 80, left);
         tcp(client, V6, 80, left);
+    }
+    for (client, id) in loops {
+        let attempts = || client.read_loop(*id).unwrap().attempts;
+        // The next to end may have begun before.
+        let enough = attempts() + 2;
+        eventually("a loop goes on", || {
+            ensure!(attempts() >= enough);
+            Ok(())
+        })
+        .unwrap();
     }
     cluster.stop_serving(pod.json()["metadata"]["name"].as_str().unwrap());
     cluster.api().delete(pod).unwrap();
@@ -69,7 +82,7 @@ fn rolling_replacement_under_load() {
         }
         let old = running.pop_front().unwrap();
         let pod = cluster.pod("web", old.0, old.1).unwrap();
-        end(&mut cluster, &clients, &pod, &as_str(&named(&running)));
+        end(&mut cluster, &clients, &loops, &pod, &as_str(&named(&running)));
         // The process of the next pod that has this address.
         cluster.serve_again(old.0, old.1).unwrap();
         waiting.push_back(old);
@@ -110,10 +123,10 @@ fn all_pods_end_at_once() {
     for pod in &pods {
         api.delete_in(pod, GRACE_S).unwrap();
     }
-    sheave_tests::scene::eventually("both are terminating", || {
+    eventually("both are terminating", || {
         let endpoints = cluster.endpoints("default", "web")?;
         let all = endpoints.iter().all(|e| e["endpoint"]["conditions"]["terminating"] == true);
-        anyhow::ensure!(all, "{endpoints:?}");
+        ensure!(all, "{endpoints:?}");
         Ok(())
     })
     .unwrap();
