@@ -126,15 +126,15 @@ impl Cluster {
     /// Starts the agent of a node with the kubeconfig of the account, and does not wait.
     pub fn spawn_agent(&mut self, node: usize) -> Result<()> {
         let kubeconfig = self.kubeconfig.clone();
-        self.spawn_agent_with(node, &Source::Kubeconfig(&kubeconfig))
+        self.spawn_agent_with(node, &Source::Kubeconfig(&kubeconfig), &[])
     }
 
-    /// Starts the agent of a node with any source, and does not wait.
-    pub fn spawn_agent_with(&mut self, node: usize, source: &Source<'_>) -> Result<()> {
+    /// Starts the agent of a node with any source and more arguments, and does not wait.
+    pub fn spawn_agent_with(&mut self, node: usize, source: &Source<'_>, arguments: &[&str]) -> Result<()> {
         let place = self.lab.node(node)?;
         let slot = self.agents.get_mut(node).context("no such node")?;
         ensure!(slot.is_none(), "an agent runs already on node {node}");
-        *slot = Some(Agent::spawn_with(place, source, place.cgroup(), &[] as &[&str])?);
+        *slot = Some(Agent::spawn_with(place, source, place.cgroup(), arguments)?);
         Ok(())
     }
 

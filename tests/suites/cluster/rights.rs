@@ -15,10 +15,10 @@ use sheave_tests::{
     lab::Shape,
     manifests::Object,
     protocol::Transport,
-    scene::{ENOUGH, answers, eventually_within, names},
+    scene::{ENOUGH, answers, at, eventually_within, names, reach},
 };
 
-use crate::{V4, client, dial, serves, web};
+use crate::{V4, client, dial, serves, silent, web};
 
 /// A token that a file has is read again after a minute at most; then the agent has to try again.
 const ROTATED_WITHIN: Duration = Duration::from_secs(180);
@@ -76,7 +76,7 @@ fn the_token_of_a_kubeconfig_rotates() {
     let api = cluster.api();
     let tokens = [0, 1].map(|pod: usize| bound_token(&api, &pods[pod]));
     let (config, file) = kubeconfig_with_token_file(cluster.control(), "rotating", &tokens[0]).unwrap();
-    cluster.spawn_agent_with(0, &Source::Kubeconfig(&config)).unwrap();
+    cluster.spawn_agent_with(0, &Source::Kubeconfig(&config), &[]).unwrap();
     cluster.wait_synced(0).unwrap();
     serves(&client, &["pod-1-1"]);
     fs::write(&file, &tokens[1]).unwrap();
@@ -92,12 +92,37 @@ fn the_account_of_a_pod_rotates() {
     let directory = cluster.node(0).unwrap().directory().join("account");
     write_account(cluster.control(), &directory, 0, &tokens[0]).unwrap();
     let server = cluster.control().address();
-    cluster.spawn_agent_with(0, &Source::Account { directory: &directory, server }).unwrap();
+    cluster.spawn_agent_with(0, &Source::Account { directory: &directory, server }, &[]).unwrap();
     cluster.wait_synced(0).unwrap();
     serves(&client, &["pod-1-1"]);
     write_account(cluster.control(), &directory, 1, &tokens[1]).unwrap();
     fs::remove_dir_all(directory.join("..0")).unwrap();
     rotated(&mut cluster, &client, &tokens[0], &pods[0]);
+}
+
+/// A kubeconfig that names the VIP of `kubernetes.default`, which nobody serves before an agent does: `--master` says
+/// where the API server is, and then the VIP works.
+#[test]
+fn the_api_server_is_where_a_flag_says() {
+    const VIP: &str = "10.96.0.1";
+    let (mut cluster, client, _) = cluster();
+    let token = token(&cluster.api(), None).unwrap();
+    let (config, _) = kubeconfig_with_token_file(cluster.control(), "vip", &token).unwrap();
+    let server = cluster.control().address().to_string();
+    let text = fs::read_to_string(&config).unwrap();
+    assert!(text.contains(&server), "{text}");
+    fs::write(&config, text.replace(&server, &format!("{VIP}:443"))).unwrap();
+    let host = cluster.node(0).unwrap().host().client().unwrap();
+    silent(&host, VIP, 443);
+    let master = format!("https://{server}");
+    cluster.spawn_agent_with(0, &Source::Kubeconfig(&config), &["--master", &master]).unwrap();
+    cluster.wait_synced(0).unwrap();
+    serves(&client, &["pod-1-1"]);
+    // The API server listens there, and waits for what TLS begins with.
+    for from in [&host, &client] {
+        let connected = reach(from, Transport::Tcp, dial(VIP, 443).connect_only()).unwrap();
+        assert_eq!(connected.peer, Some(at(VIP, 443).unwrap()));
+    }
 }
 
 /// O6: with one verb missing the agent says which, goes on trying, and works as soon as it may.
