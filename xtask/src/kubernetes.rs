@@ -4,7 +4,7 @@ use std::{
     env, fs,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
     time::Instant,
 };
 
@@ -110,9 +110,8 @@ fn go() -> Result<Go> {
         if !can_install()? {
             bail!(
                 "Kubernetes {VERSION} has to be built for the cluster tests, and there is no Go: install Go {GO} \
-                 (as root on Debian or Ubuntu: apt-get install golang-go), or point KUBEBUILDER_ASSETS at a directory \
-                 with {}",
-                PROGRAMS.map(|program| program.name).join(", ")
+                 (as root on Debian or Ubuntu: apt-get install golang-go), or {}",
+                without_go()
             );
         }
         install(&["golang-go"])?;
@@ -145,6 +144,14 @@ fn minor(version: &str) -> Option<(u32, u32)> {
     Some((number()?, number()?))
 }
 
+/// What makes Go unnecessary.
+fn without_go() -> String {
+    format!(
+        "point KUBEBUILDER_ASSETS at a directory with {}",
+        PROGRAMS.map(|program| program.name).join(", ")
+    )
+}
+
 /// Go is published as a module too, which an old one can download and check like any other.
 fn newer_go(old: &Path, version: &str) -> Result<Go> {
     println!("{version} is too old; it brings Go {GO}");
@@ -154,16 +161,25 @@ fn newer_go(old: &Path, version: &str) -> Result<Go> {
         other => other,
     };
     let toolchain = format!("golang.org/toolchain@v0.0.1-go{GO}.linux-{architecture}");
-    let said = output(
-        Command::new(old)
-            .args(["mod", "download", "-json", &toolchain])
-            // Outside any module; and files that can be made executable.
-            .current_dir(env::temp_dir())
-            .env("GOFLAGS", "-modcacherw"),
-    )?;
-    let said: Value = serde_json::from_slice(&said).context("what `go mod download` says")?;
-    let root = said.get("Dir").and_then(Value::as_str).map(PathBuf::from);
-    let root = root.with_context(|| format!("`go mod download {toolchain}` says {said}"))?;
+    // Why it fails is in what it says on its standard output.
+    let mut download = Command::new(old);
+    download
+        .args(["mod", "download", "-json", &toolchain])
+        // Outside any module; and files that can be made executable.
+        .current_dir(env::temp_dir())
+        .env("GOFLAGS", "-modcacherw");
+    let said = download.stderr(Stdio::inherit()).output().context("running `go mod download`")?;
+    let said: Value = serde_json::from_slice(&said.stdout)
+        .with_context(|| format!("{} told to download Go {GO}: {}", old.display(), said.status))?;
+    let text = |name: &str| said.get(name).and_then(Value::as_str);
+    let Some(root) = text("Dir").map(PathBuf::from) else {
+        let error = text("Error").unwrap_or("it does not say why");
+        bail!(
+            "Kubernetes {VERSION} has to be built for the cluster tests, {version} is too old for it, as Debian's \
+             golang-go may be, and cannot download Go {GO}: {error}. Install Go {GO} or newer, or {}",
+            without_go()
+        );
+    };
     // The download of a module makes no file executable.
     let tools = root.join(format!("pkg/tool/linux_{architecture}"));
     for directory in [root.join("bin"), tools] {
