@@ -8,6 +8,7 @@ mod outages;
 mod policy;
 mod rights;
 mod rolling;
+mod scale;
 mod slices;
 
 use std::time::Duration;
