@@ -1,11 +1,11 @@
 //! Who the agent is to the API server, and what it does when it may not.
 
-use std::{fs, time::Duration};
+use std::{collections::BTreeMap, fs, time::Duration};
 
 use anyhow::ensure;
 use serde_json::{Value, json};
 use sheave_tests::{
-    agent::Source,
+    agent::{Source, sheave},
     client::Client,
     kubernetes::{
         account::{deploy, forbid, kubeconfig_with_token_file, token, write_account},
@@ -15,7 +15,7 @@ use sheave_tests::{
     lab::Shape,
     manifests::Object,
     protocol::Transport,
-    scene::{ENOUGH, answers, at, eventually_within, names, reach},
+    scene::{ENOUGH, TARGET, answers, at, eventually, eventually_within, names, reach},
 };
 
 use crate::{V4, client, dial, serves, silent, web};
@@ -83,7 +83,8 @@ fn the_token_of_a_kubeconfig_rotates() {
     rotated(&mut cluster, &client, &tokens[0], &pods[0]);
 }
 
-/// The account of a pod: its files change as a kubelet changes them. No VIP is needed to find the API server.
+/// The account of a pod: its files change as a kubelet changes them. No VIP is needed to find the API server: the
+/// environment has its own address, and where it has not, `--master` has.
 #[test]
 fn the_account_of_a_pod_rotates() {
     let (mut cluster, client, pods) = cluster();
@@ -92,6 +93,11 @@ fn the_account_of_a_pod_rotates() {
     let directory = cluster.node(0).unwrap().directory().join("account");
     write_account(cluster.control(), &directory, 0, &tokens[0]).unwrap();
     let server = cluster.control().address();
+    let vip = Source::Account { directory: &directory, server: at("10.96.0.1", 443).unwrap() };
+    cluster.spawn_agent_with(0, &vip, &["--master", &format!("https://{server}")]).unwrap();
+    cluster.wait_synced(0).unwrap();
+    serves(&client, &["pod-1-1"]);
+    cluster.take_agent(0).unwrap().stop().unwrap();
     cluster.spawn_agent_with(0, &Source::Account { directory: &directory, server }, &[]).unwrap();
     cluster.wait_synced(0).unwrap();
     serves(&client, &["pod-1-1"]);
@@ -125,12 +131,17 @@ fn the_api_server_is_where_a_flag_says() {
     }
 }
 
-/// O6: with one verb missing the agent says which, goes on trying, and works as soon as it may.
+/// O6: with one verb missing the agent says which and what that costs, goes on trying, and works as soon as it may.
 #[test]
 fn a_verb_is_forbidden() {
     let (mut cluster, client, _) = cluster();
     let api = cluster.api();
     let mut pods = vec!["pod-1-1"];
+    let costs = BTreeMap::from([
+        ("services", "without Services nothing is programmed"),
+        ("endpointslices", "without EndpointSlices nothing is programmed"),
+        ("nodes", "without the own Node nothing is programmed"),
+    ]);
     for (resource, verb, other) in [
         ("services", "list", "pod-1-2"),
         ("services", "watch", ""),
@@ -141,7 +152,8 @@ fn a_verb_is_forbidden() {
     ] {
         forbid(&api, resource, verb).unwrap();
         cluster.spawn_agent(0).unwrap();
-        cluster.wait_logged(0, &[resource, verb, "forbidden"]).unwrap();
+        let line = cluster.wait_logged(0, &[&format!("{verb} {resource}: "), "forbidden"]).unwrap();
+        assert!(line.contains(costs[resource]), "{line}");
         let status = cluster.agent(0).unwrap().status().unwrap();
         if verb == "list" {
             // Nothing is written before all is known; what the agent before left in the kernel goes on (Q1).
@@ -156,6 +168,42 @@ fn a_verb_is_forbidden() {
         serves(&client, &pods);
         cluster.take_agent(0).unwrap().stop().unwrap();
     }
+}
+
+/// `plan` and `explain` say from the API server alone what an agent programs.
+#[test]
+fn plan_and_explain_ask_the_api_server() {
+    let (mut cluster, client, _) = cluster();
+    let (from, web_4) = (cluster.place(0, 4).unwrap().v4().to_string(), format!("{V4}:80/TCP"));
+    let token = token(&cluster.api(), None).unwrap();
+    let (config, _) = kubeconfig_with_token_file(cluster.control(), "reader", &token).unwrap();
+    let config = config.to_str().unwrap();
+    let live = ["--kubeconfig", config, "--node-name", "node-1", "-o", "json"];
+    let explain = ["explain", "--from", &from, "--to", &web_4];
+    let read = |cluster: &Cluster, verb: &[&str]| -> Value {
+        let output = sheave(cluster.node(0).unwrap(), &[verb, &live].concat()).unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let endpoint = |pod: usize| format!("{}:{TARGET}", cluster.place(0, pod).unwrap().v4());
+    let endpoints = [0, 1].map(endpoint);
+    // Before any agent runs; what the controllers make comes when it comes.
+    eventually("one endpoint is explained", || {
+        let explained = read(&cluster, &explain);
+        ensure!(explained["endpoints"] == json!(endpoints[..1]), "{explained}");
+        ensure!(explained["verdict"] == "forward" && explained["service"] == "default/web:http/TCP");
+        Ok(())
+    })
+    .unwrap();
+    cluster.spawn_agent(0).unwrap();
+    cluster.wait_synced(0).unwrap();
+    cluster.run_pods("web", &[(0, 1)]).unwrap();
+    serves(&client, &["pod-1-1", "pod-1-2"]);
+    assert_eq!(read(&cluster, &explain)["endpoints"], json!(endpoints));
+    let agents = cluster.agent(0).unwrap().ask(&["plan", "-o", "json"]).unwrap();
+    let agents: Value = serde_json::from_slice(&agents.stdout).unwrap();
+    assert_eq!(read(&cluster, &["plan"]), agents);
+    assert!(agents["services"].as_array().is_some_and(|services| services.len() >= 4), "{agents}");
 }
 
 /// The role of `deploy/` is enough, and no larger than what the agent does: it only lists and watches.
