@@ -130,7 +130,7 @@ fn the_history_is_compacted() {
     cluster.agent(0).unwrap().signal(Signal::SIGCONT).unwrap();
     serves(&client, &["pod-1-1", "pod-1-2"]);
     silent(&client, "10.96.0.20", 80);
-    cluster.wait_logged(0, &["Service", "too old resource version"]).unwrap();
+    cluster.wait_logged(0, &["watch services", "too old resource version"]).unwrap();
     let lists = lists(&cluster);
     assert!(lists.0 > before.0 && lists.1 > before.1, "listed again: {before:?}, then {lists:?}");
     // And it follows again.
