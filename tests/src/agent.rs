@@ -4,6 +4,7 @@ use std::{
     ffi::OsStr,
     fs::{self, OpenOptions},
     io::Write as _,
+    net::SocketAddr,
     os::unix::{net::UnixStream, process::ExitStatusExt},
     os::{fd::AsRawFd as _, unix::process::CommandExt as _},
     path::{Path, PathBuf},
@@ -14,7 +15,11 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use nix::{
-    sys::signal::{Signal, kill},
+    mount::{MsFlags, mount},
+    sys::{
+        signal::{Signal, kill},
+        statfs::{BPF_FS_MAGIC, statfs},
+    },
     unistd::Pid,
 };
 use serde_json::Value;
@@ -50,7 +55,19 @@ pub enum Source<'a> {
     Manifests(&'a Path),
     /// The API server that a kubeconfig names.
     Kubeconfig(&'a Path),
+    /// What a pod is given.
+    Account {
+        /// The files of its service account; the agent sees them where a pod does.
+        directory: &'a Path,
+        /// The API server, in the environment.
+        server: SocketAddr,
+    },
 }
+
+/// Shows the directory `$1` where a pod finds its account, and becomes the rest of the arguments. `/run` is hidden: what
+/// the directory is mounted on need not be on the machine.
+const IN_A_POD: &str = "mount -t tmpfs tmpfs /run && d=/run/secrets/kubernetes.io/serviceaccount && mkdir -p $d && \
+                        mount --bind \"$1\" $d && shift && exec \"$@\"";
 
 /// Runs a command of the agent's binary on a node, whether an agent runs there or not; the arguments begin with the verb.
 /// Exit codes are the caller's to judge.
@@ -128,16 +145,33 @@ impl Agent {
             .append(true)
             .open(&log)
             .with_context(|| format!("opening {}", log.display()))?;
-        let (option, path) = match source {
-            Source::Manifests(path) => ("--manifests", path),
-            Source::Kubeconfig(path) => ("--kubeconfig", path),
+        let mut command = match source {
+            Source::Manifests(path) => {
+                let mut command = node.host().command(&program)?;
+                command.arg("run").arg("--manifests").arg(path);
+                command
+            }
+            Source::Kubeconfig(path) => {
+                let mut command = node.host().command(&program)?;
+                command.arg("run").arg("--kubeconfig").arg(path);
+                command
+            }
+            Source::Account { directory, server } => {
+                // The agent would mount it where nobody else sees it.
+                let found = statfs(&bpffs).with_context(|| format!("looking at {}", bpffs.display()))?;
+                if found.filesystem_type() != BPF_FS_MAGIC {
+                    mount(Some("bpf"), &bpffs, Some("bpf"), MsFlags::empty(), None::<&str>)
+                        .with_context(|| format!("mounting {}", bpffs.display()))?;
+                }
+                let mut command = node.host().command("unshare")?;
+                command.args(["--mount", "sh", "-c", IN_A_POD, "sh"]).arg(directory).arg(&program).arg("run");
+                command
+                    .env("KUBERNETES_SERVICE_HOST", server.ip().to_string())
+                    .env("KUBERNETES_SERVICE_PORT", server.port().to_string());
+                command
+            }
         };
-        let child = node
-            .host()
-            .command(&program)?
-            .arg("run")
-            .arg(option)
-            .arg(path)
+        let child = command
             .args(["--node-name", node.name()])
             .arg("--cgroup-root")
             .arg(cgroup)

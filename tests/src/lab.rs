@@ -314,6 +314,11 @@ impl Lab {
         self.node(0)?.pod(index)
     }
 
+    /// A machine more on the nodes' network that is no node, at the address 172.18.0.`host_part`.
+    pub fn machine(&self, name: &str, host_part: u8) -> Result<Place> {
+        uplink(&self.router, name, host_part, self.ground.cgroup.join(name))
+    }
+
     fn add_node(&mut self, index: u8) -> Result<()> {
         let name = format!("node-{index}");
         let cgroup = self.ground.cgroup.join(&name);

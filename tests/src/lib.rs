@@ -7,10 +7,12 @@
 
 pub mod agent;
 pub mod bpf;
+pub mod cache;
 pub mod cgroup;
 pub mod client;
 pub mod daemon;
 pub mod engine;
+pub mod kubernetes;
 pub mod lab;
 pub mod manifests;
 pub mod measure;

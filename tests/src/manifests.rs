@@ -66,9 +66,7 @@ pub struct Object(Value);
 
 impl Object {
     fn new(api_version: &str, kind: &str, name: &str) -> Self {
-        Self(
-            json!({"apiVersion": api_version, "kind": kind, "metadata": {"name": name, "namespace": "default"}}),
-        )
+        object(api_version, kind, name).namespace("default")
     }
 
     /// Sets a field by its path (`spec.internalTrafficPolicy`), making what is missing on the way. Numbers on the path
@@ -268,15 +266,16 @@ pub fn slice(name: &str, service: &str, family: &str) -> Object {
 pub fn node(name: &str, addresses: &[String], pod_cidrs: &[String]) -> Object {
     let addresses: Vec<_> =
         addresses.iter().map(|address| json!({"type": "InternalIP", "address": address})).collect();
-    let mut object = Object::new("v1", "Node", name)
+    object("v1", "Node", name)
         .set("spec.podCIDR", pod_cidrs.first().cloned().unwrap_or_default())
         .set("spec.podCIDRs", pod_cidrs)
-        .set("status.addresses", addresses);
-    // A Node has no namespace.
-    if let Value::Object(metadata) = object.slot("metadata") {
-        metadata.remove("namespace");
-    }
-    object
+        .set("status.addresses", addresses)
+}
+
+/// An object of any kind, in no namespace.
+#[must_use]
+pub fn object(api_version: &str, kind: &str, name: &str) -> Object {
+    Object(json!({"apiVersion": api_version, "kind": kind, "metadata": {"name": name}}))
 }
 
 /// The Node object of a lab's node.

@@ -170,13 +170,22 @@ pub(crate) fn wait_programmed(agent: &Agent, wanted: &str) -> Result<()> {
 }
 
 /// Tries until it works; for what nobody tells the end of.
-pub fn eventually<T>(what: &str, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
-    let deadline = Instant::now() + LIVE_WITHIN;
+pub fn eventually<T>(what: &str, attempt: impl FnMut() -> Result<T>) -> Result<T> {
+    eventually_within(LIVE_WITHIN, what, attempt)
+}
+
+/// As [`eventually`], with another patience.
+pub fn eventually_within<T>(
+    within: Duration,
+    what: &str,
+    mut attempt: impl FnMut() -> Result<T>,
+) -> Result<T> {
+    let deadline = Instant::now() + within;
     loop {
         match attempt() {
             Ok(value) => return Ok(value),
             Err(error) if Instant::now() > deadline => {
-                return Err(error).with_context(|| format!("not within {LIVE_WITHIN:?}: {what}"));
+                return Err(error).with_context(|| format!("not within {within:?}: {what}"));
             }
             Err(_) => thread::sleep(Duration::from_millis(10)),
         }

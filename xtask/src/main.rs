@@ -4,6 +4,7 @@
 mod bench;
 mod build;
 mod demo;
+mod kubernetes;
 mod lint;
 mod setup;
 mod shell;
@@ -66,10 +67,7 @@ fn main() -> ExitCode {
 
 fn run_verb(verb: Verb) -> Result<()> {
     match verb {
-        Verb::Setup => {
-            setup::toolchain()?;
-            setup::commands()
-        }
+        Verb::Setup => everything(),
         Verb::Build { release } => {
             setup::toolchain()?;
             let binaries = build(if release { Profile::Release } else { Profile::Dev })?;
@@ -107,11 +105,15 @@ fn run_verb(verb: Verb) -> Result<()> {
     }
 }
 
+/// What building and every test need.
+fn everything() -> Result<()> {
+    setup::toolchain()?;
+    setup::commands()?;
+    kubernetes::programs()
+}
+
 fn test(arguments: &[OsString]) -> Result<()> {
-    part("setup", || {
-        setup::toolchain()?;
-        setup::commands()
-    })?;
+    part("setup", everything)?;
     let binaries = part("build", || build(Profile::Dev))?;
     let own = arguments.split(|argument| argument == "--").next().unwrap_or_default();
     let cargo_test = || -> Result<Command> {

@@ -8,6 +8,8 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
+use sheave_tests::cache;
+
 use crate::shell::{cargo, is_on_path, output, root, run};
 
 /// The linker of the kernel programs. Its LLVM must be that of the pinned compiler: change both together.
@@ -48,7 +50,7 @@ pub(crate) fn commands() -> Result<()> {
         return Ok(());
     }
     let packages: Vec<_> = missing.iter().map(|(_, package)| *package).collect();
-    if !is_root()? || !is_on_path("apt-get") {
+    if !can_install()? {
         let commands: Vec<_> = missing.iter().map(|(command, _)| *command).collect();
         bail!(
             "missing commands: {}. As root on Debian or Ubuntu: apt-get install {}",
@@ -56,12 +58,22 @@ pub(crate) fn commands() -> Result<()> {
             packages.join(" ")
         );
     }
+    install(&packages)
+}
+
+/// Whether Debian packages can be installed here.
+pub(crate) fn can_install() -> Result<bool> {
+    Ok(is_root()? && is_on_path("apt-get"))
+}
+
+/// Installs Debian packages.
+pub(crate) fn install(packages: &[&str]) -> Result<()> {
     println!("installing {}", packages.join(", "));
     let install = || {
         let mut command = Command::new("apt-get");
         command
             .args(["install", "--yes", "--quiet=2", "--no-install-recommends"])
-            .args(&packages)
+            .args(packages)
             .env("DEBIAN_FRONTEND", "noninteractive");
         command
     };
@@ -97,7 +109,7 @@ fn components() -> Result<()> {
 
 /// A tool built by cargo, in a directory named after its version, in the user's cache: every checkout uses the same.
 fn tool((name, version): (&str, &str)) -> Result<PathBuf> {
-    let directory = cache()?.join("sheave/tools").join(format!("{name}-{version}"));
+    let directory = cache::directory()?.join(format!("{name}-{version}"));
     let program = directory.join("bin").join(name);
     if is_program(&program) {
         return Ok(program);
@@ -126,14 +138,6 @@ fn with_directory(directory: &Path) -> Result<std::ffi::OsString> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::join_paths(env::split_paths(&path).chain([directory.to_owned()]))
         .context("a directory's name in PATH")
-}
-
-fn cache() -> Result<PathBuf> {
-    let set = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    set("XDG_CACHE_HOME")
-        .filter(|path| path.is_absolute())
-        .or_else(|| set("HOME").map(|home| home.join(".cache")))
-        .context("neither XDG_CACHE_HOME nor HOME says where to keep tools")
 }
 
 fn is_root() -> Result<bool> {

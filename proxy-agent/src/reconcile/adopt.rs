@@ -123,7 +123,8 @@ impl Used {
                 *run = Run { first: set.first(), ids };
             }
         }
-        self.backends.append(&mut own);
+        // Not `append`, which builds the whole set anew.
+        self.backends.extend(own);
         makes_sense
     }
 
