@@ -175,6 +175,8 @@ pub(super) fn claim(
         // Whoever had it may be done with it.
         let owner = tables.snat(&key);
         let done = match owner {
+            // Of an earlier connection from this very port.
+            Some(owner) if owner == *client => true,
             Some(owner) => match tables.flow(&owner) {
                 Some(entry) => {
                     let flow = entry.flow();
