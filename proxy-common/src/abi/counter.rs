@@ -66,7 +66,7 @@ outcomes! {
     PacketIcmpTranslated = "packet_icmp_translated",
     /// A packet that was refused (Z1, Z6).
     PacketRejected = "packet_rejected",
-    /// A packet that was dropped (Z2, Z3).
+    /// A packet that was dropped (Z2, Z3), or an ICMP redirect about a flow.
     PacketDropped = "packet_dropped",
     /// A packet that was dropped since its client is in none of the source ranges (F2).
     PacketSourceRefused = "packet_source_refused",

@@ -47,6 +47,10 @@ pub(crate) struct Build {
     pub(crate) carries: Carries,
     pub(crate) payload: Vec<u8>,
     pub(crate) ttl: u8,
+    /// Of an IPv4 packet that is no fragment.
+    pub(crate) id: u16,
+    /// Of TCP.
+    pub(crate) window: u16,
     /// Of IPv4.
     pub(crate) options: Vec<u8>,
     /// Of IPv6: number and bytes, the next header left out of them.
@@ -62,6 +66,8 @@ pub(crate) fn build(carries: Carries, from: SocketAddr, to: SocketAddr) -> Build
         carries,
         payload: b"what is carried".to_vec(),
         ttl: 61,
+        id: 0x3137,
+        window: 0x4000,
         options: Vec::new(),
         extensions: Vec::new(),
         fragment: None,
@@ -107,7 +113,7 @@ impl Build {
         let ips = (self.from.ip(), self.to.ip());
         let mut segment = match &self.carries {
             Carries::Tcp { flags, sequence, acknowledged, options } => {
-                let mut header = TcpHeader::new(from, to, *sequence, 0x4000);
+                let mut header = TcpHeader::new(from, to, *sequence, self.window);
                 (header.fin, header.syn) = (flags & FIN != 0, flags & SYN != 0);
                 (header.rst, header.ack) = (flags & RST != 0, flags & ACK != 0);
                 header.acknowledgment_number = *acknowledged;
@@ -174,7 +180,7 @@ impl Build {
                     Ipv4Header::new(0, self.ttl, IpNumber(self.protocol()), from.octets(), to.octets())
                         .unwrap();
                 header.options = self.options.as_slice().try_into().unwrap();
-                header.identification = self.fragment.as_ref().map_or(0x3137, |(_, id)| *id);
+                header.identification = self.fragment.as_ref().map_or(self.id, |(_, id)| *id);
                 header.dont_fragment = self.fragment.is_none();
                 header.more_fragments = more;
                 header.fragment_offset = offset.try_into().unwrap();

@@ -15,6 +15,7 @@ mod tables;
 
 mod flows;
 mod fragments;
+mod icmp;
 mod nat;
 mod rules;
 mod snat;
@@ -257,6 +258,16 @@ impl Node {
     fn source_at(&self, sent: &Build) -> SocketAddr {
         ends(&self.passes(&sent.frame()).1).0
     }
+}
+
+/// The sum over an ICMP message, as who gets it checks it.
+fn is_valid(frame: &Frame, v6: bool) -> bool {
+    let bytes = &frame.bytes[L3..];
+    if !v6 {
+        return frame::sum(&bytes[..20]) == 0xffff && frame::sum(&bytes[20..]) == 0xffff;
+    }
+    let length = u32::try_from(bytes.len() - 40).unwrap().to_be_bytes();
+    frame::sum(&[&bytes[8..40], &length, &[0, 0, 0, 58], &bytes[40..]].concat()) == 0xffff
 }
 
 /// Source and destination of a frame with ports and without options or extensions.

@@ -11,6 +11,9 @@ use crate::decide::Peer;
 /// Bytes of an ICMP error before what it quotes.
 const ICMP_BYTES: u32 = 8;
 
+/// Type of an IPv4 redirect.
+const REDIRECT: u8 = 5;
+
 /// Whether the message quotes a packet: errors do, redirects too.
 #[inline(always)]
 fn quotes(packet: &impl Packet, headers: &Headers) -> Option<bool> {
@@ -54,9 +57,15 @@ pub fn icmp_ingress(
         };
         if let Some(client) = tables.snat(&key) {
             let outer = (Side::Destination, client.client);
-            translate(packet, headers, &inner, Side::Source, (client.client, client.port), outer)?;
-            tables.count(Outcome::PacketIcmpTranslated);
-            return Some(Verdict::Next);
+            return translate(
+                packet,
+                tables,
+                headers,
+                &inner,
+                Side::Source,
+                (client.client, client.port),
+                outer,
+            );
         }
     }
     // About a reply that left with the VIP as its source: on to the backend.
@@ -68,8 +77,15 @@ pub fn icmp_ingress(
         if let Some((_, entry)) = known {
             let flow = entry.flow();
             let outer = (Side::Destination, flow.backend);
-            translate(packet, headers, &inner, Side::Source, (flow.backend, flow.backend_port), outer)?;
-            tables.count(Outcome::PacketIcmpTranslated);
+            return translate(
+                packet,
+                tables,
+                headers,
+                &inner,
+                Side::Source,
+                (flow.backend, flow.backend_port),
+                outer,
+            );
         }
     }
     Some(Verdict::Next)
@@ -95,9 +111,15 @@ pub fn icmp_egress(
         if let Some((_, entry)) = known {
             let flow = entry.flow();
             let outer = (Side::Source, flow.vip);
-            translate(packet, headers, &inner, Side::Destination, (flow.vip, flow.vip_port), outer)?;
-            tables.count(Outcome::PacketIcmpTranslated);
-            return Some(Verdict::Next);
+            return translate(
+                packet,
+                tables,
+                headers,
+                &inner,
+                Side::Destination,
+                (flow.vip, flow.vip_port),
+                outer,
+            );
         }
     }
     // To the backend, about its reply: it knows the replaced source only.
@@ -111,23 +133,36 @@ pub fn icmp_egress(
         if let Some((_, entry)) = known {
             let flow = entry.flow();
             let outer = (Side::Source, flow.snat);
-            translate(packet, headers, &inner, Side::Destination, (flow.snat, flow.snat_port), outer)?;
-            tables.count(Outcome::PacketIcmpTranslated);
+            return translate(
+                packet,
+                tables,
+                headers,
+                &inner,
+                Side::Destination,
+                (flow.snat, flow.snat_port),
+                outer,
+            );
         }
     }
     Some(Verdict::Next)
 }
 
-/// Changes one side of the quoted packet, one address of the packet that quotes it, and the message's checksum.
+/// Changes one side of the quoted packet, one address of the packet that quotes it, and the message's checksum. A
+/// redirect is dropped: it would send elsewhere what is for the VIP.
 #[inline(always)]
 fn translate(
     packet: &mut impl Packet,
+    tables: &impl PacketTables,
     headers: &Headers,
     inner: &Headers,
     side: Side,
     to: Peer,
     outer: (Side, crate::abi::Address),
-) -> Option<()> {
+) -> Option<Verdict> {
+    if headers.protocol == ICMP && packet.load8(headers.l4)? == REDIRECT {
+        tables.count(Outcome::PacketDropped);
+        return Some(Verdict::Drop);
+    }
     let l3 = headers.l4 + ICMP_BYTES;
     let old = match side {
         Side::Source => inner.source,
@@ -150,7 +185,11 @@ fn translate(
             && let Some(checksum) = packet.load16(at)
             && checksum != 0
         {
-            let new = adjusted(checksum, add(moved, ports));
+            let mut new = adjusted(checksum, add(moved, ports));
+            if new == 0 {
+                // Zero would say that there is none.
+                new = 0xffff;
+            }
             packet.store16(at, new)?;
             difference = replaced(difference, checksum as u32, new as u32);
         }
@@ -165,5 +204,6 @@ fn translate(
     if headers.v6 {
         packet.fix_checksum(at, outside, Covers::PseudoHeader, false, true)?;
     }
-    Some(())
+    tables.count(Outcome::PacketIcmpTranslated);
+    Some(Verdict::Next)
 }
