@@ -17,6 +17,7 @@ mod flows;
 mod fragments;
 mod icmp;
 mod nat;
+mod refuse;
 mod rules;
 mod snat;
 

@@ -104,7 +104,7 @@ fn reset(packet: &mut impl Packet, headers: &Headers) -> Option<()> {
     content = replaced(content, old_flags, flags_word);
     content = replaced(content, old_urgent as u32, 0);
     ip_header(packet, headers, TCP_BYTES, Protocol::Tcp.number())?;
-    if payload == 0 {
+    if payload == 0 || is_unfinished(packet, l4 + 16, headers.v6)? {
         // By difference: the checksum may be one that a device is still to finish.
         packet.fix_checksum(l4 + 16, content, Covers::Content, false, headers.v6)?;
         let shorter = replaced(0, word(total), word(TCP_BYTES));
@@ -120,6 +120,33 @@ fn reset(packet: &mut impl Packet, headers: &Headers) -> Option<()> {
     Some(())
 }
 
+/// Whether a device is still to finish the checksum at `at`: it holds the sum of the pseudo header, so it does not follow
+/// a change of the content. The kernel does not say so otherwise.
+#[inline(always)]
+fn is_unfinished(packet: &mut impl Packet, at: u32, v6: bool) -> Option<bool> {
+    let checksum = packet.load16(at)?;
+    if checksum == 0 {
+        return Some(false);
+    }
+    packet.fix_checksum(at, 1, Covers::Content, false, v6)?;
+    let follows = packet.load16(at)? != checksum;
+    packet.store16(at, checksum)?;
+    Some(!follows)
+}
+
+/// What finishing the UDP checksum in the quote will change of the message that quotes it.
+#[inline(always)]
+fn quote_to_finish(packet: &mut impl Packet, headers: &Headers) -> Option<u32> {
+    if headers.protocol != Protocol::Udp.number() || !is_unfinished(packet, headers.l4 + 6, headers.v6)? {
+        return Some(0);
+    }
+    let mut finished = !fold(add(packet.load32(headers.l4)?, packet.load32(headers.l4 + 4)?));
+    if finished == 0 {
+        finished = 0xffff;
+    }
+    Some(replaced(0, packet.load16(headers.l4 + 6)? as u32, finished as u32))
+}
+
 /// RFC 1122, 3.2.2.1 and RFC 4443, 3.1.
 #[inline(always)]
 fn unreachable(packet: &mut impl Packet, headers: &Headers) -> Option<()> {
@@ -129,6 +156,7 @@ fn unreachable(packet: &mut impl Packet, headers: &Headers) -> Option<()> {
         return None;
     }
     packet.resize(L2_BYTES + ip_bytes + QUOTED_BYTES)?;
+    let to_finish = quote_to_finish(packet, headers)?;
     packet.insert_after_l2(ip_bytes + ICMP_BYTES)?;
     let (protocol, kind) = if headers.v6 {
         (ICMPV6, u32::from_ne_bytes([1, 4, 0, 0]))
@@ -145,7 +173,7 @@ fn unreachable(packet: &mut impl Packet, headers: &Headers) -> Option<()> {
             sum = add(sum, packet.load32(at + n * 4)?);
         }
     }
-    packet.store16(at + 2, !fold(sum))?;
+    packet.store16(at + 2, !fold(add(sum, to_finish)))?;
     ip_header(packet, headers, bytes, protocol)
 }
 
