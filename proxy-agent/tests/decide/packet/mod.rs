@@ -13,6 +13,7 @@ mod build;
 mod frame;
 mod tables;
 
+mod bystanders;
 mod flows;
 mod fragments;
 mod icmp;

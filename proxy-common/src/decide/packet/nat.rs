@@ -19,6 +19,13 @@ pub(super) fn rewrite(packet: &mut impl Packet, headers: &Headers, side: Side, t
         Side::Source => headers.source,
         Side::Destination => headers.destination,
     };
+    // All of it or nothing: a packet that is cut off before its checksum stays as it is.
+    if !headers.later_fragment
+        && let Some(protocol) = headers.transport()
+        && let Some(at) = checksum_at(protocol, headers.l4)
+    {
+        packet.load16(at)?;
+    }
     let moved = store_address(packet, L2_BYTES, headers.v6, side, old.0, to.0)?;
     if headers.later_fragment {
         return Some(());
