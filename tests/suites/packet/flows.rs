@@ -1,0 +1,232 @@
+//! What lives on, what is taken up anew, and whose answers are whose.
+
+use std::{
+    io::ErrorKind,
+    net::{Ipv4Addr, SocketAddr},
+};
+
+use etherparse::{PacketBuilder, PacketBuilderStep, TcpHeader};
+use sheave_tests::{
+    lab::Place,
+    nodes::{
+        Layout, World,
+        tap::{Tap, hardware_address},
+    },
+    scene::{TARGET, eventually},
+};
+
+use crate::{
+    stage::{Condition, Stage, bridge_pod, cluster_ips, endpoints, everything, frontends, p2p_pod, served},
+    talk::{PATIENCE, SILENCE, Talk, answer, ask, datagrams},
+};
+
+fn vips(number: u16) -> [SocketAddr; 2] {
+    cluster_ips(number).map(|address| SocketAddr::new(address, 80))
+}
+
+/// Both families of all frontends.
+fn all_frontends(world: &World, number: u16) -> Vec<SocketAddr> {
+    [0, 1].map(|family| frontends(world, number, family)).concat()
+}
+
+/// Clients that no hook sees, of every kind but the node itself.
+fn clients(world: &World) -> [&Place; 4] {
+    [world.outside(), world.far(), bridge_pod(world, 0, 1), p2p_pod(world, 0, 1)]
+}
+
+fn backends(world: &World) -> [(usize, &Place); 3] {
+    [(0, bridge_pod(world, 0, 0)), (0, p2p_pod(world, 0, 0)), (1, bridge_pod(world, 1, 0))]
+}
+
+/// M11: from one port of a client to two VIPs with the same backend, over TCP: both connections live side by side.
+#[test]
+fn m11_two_vips_with_one_backend_from_one_tcp_port() {
+    let stage = Stage::new(Layout::default());
+    let world = &stage.world;
+    for (round, backend) in (0..).zip(backends(world)) {
+        stage.apply("one", &served(world, "one", 1, &[backend]));
+        stage.apply("two", &served(world, "two", 2, &[backend]));
+        for from in clients(world) {
+            for family in [0, 1] {
+                // A port of its own each time: those of before rest.
+                let port = 40_000 + round;
+                let mut one = Talk::open(from, port, vips(1)[family]);
+                let mut two = Talk::open(from, port, vips(2)[family]);
+                assert_eq!([&one.server, &two.server], [backend.1.name(); 2]);
+                assert_ne!(one.seen, two.seen, "one tuple for two connections of {}", from.name());
+                for _ in 0..3 {
+                    one.echo(1000).unwrap();
+                    two.echo(1000).unwrap();
+                }
+            }
+        }
+    }
+}
+
+/// M11 over UDP: each answer comes from the VIP that was asked.
+#[test]
+fn m11_two_vips_with_one_backend_from_one_udp_port() {
+    let stage = Stage::new(Layout::default());
+    let world = &stage.world;
+    for backend in backends(world) {
+        stage.apply("one", &served(world, "one", 1, &[backend]));
+        stage.apply("two", &served(world, "two", 2, &[backend]));
+        for from in clients(world) {
+            for family in [0, 1] {
+                let vips = [vips(1)[family], vips(2)[family]];
+                let socket = datagrams(from, vips[0], None);
+                for round in 0..6 {
+                    let vip = vips[round % 2];
+                    let question = format!("question {round}");
+                    socket.send_to(question.as_bytes(), vip).unwrap();
+                    let said = answer(&socket, question.as_bytes());
+                    let said = said.unwrap_or_else(|error| panic!("{} {vip}: {error}", from.name()));
+                    assert_eq!(said, (backend.1.name().to_owned(), vip), "{} {round}", from.name());
+                }
+            }
+        }
+    }
+}
+
+/// Z8: an established connection outlives its endpoint's place in the set, and its Service.
+#[test]
+fn z8_a_tcp_connection_outlives_endpoint_and_service() {
+    let stage = Stage::new(Layout::default());
+    let world = &stage.world;
+    let (old, new) = (bridge_pod(world, 0, 0), p2p_pod(world, 0, 0));
+    stage.apply("web", &served(world, "web", 1, &[(0, old)]));
+    let open = |from| all_frontends(world, 1).into_iter().map(move |to| Talk::open(from, 0, to));
+    let mut talks: Vec<Talk> = clients(world).into_iter().flat_map(open).collect();
+    let mut all_alive = |when: &str| {
+        for talk in &mut talks {
+            talk.echo(100).unwrap_or_else(|error| panic!("{when}: {} {error}", talk.local()));
+        }
+    };
+    all_alive("at first");
+    let leaving = endpoints(world, "web", &[(0, old, Condition::Leaving), (0, new, Condition::Ready)]);
+    stage.apply("web", &[vec![everything("web", 1)], leaving].concat());
+    all_alive("the endpoint is terminating");
+    assert_eq!(Talk::open(world.outside(), 0, vips(1)[0]).server, new.name());
+    stage.apply("web", &served(world, "web", 1, &[(0, new)]));
+    all_alive("the endpoint is gone");
+    stage.apply("web", &served(world, "web", 1, &[]));
+    all_alive("all endpoints are gone");
+    stage.delete("web");
+    all_alive("the Service is gone");
+}
+
+/// A killed agent leaves everything at work, and the next one takes it over.
+#[test]
+fn flows_outlive_the_agent() {
+    let mut stage = Stage::new(Layout::default());
+    let world = &stage.world;
+    stage.apply("web", &served(world, "web", 1, &backends(world)));
+    let vips: Vec<_> = vips(1).into_iter().cycle().take(8).collect();
+    let mut talks: Vec<_> = vips.iter().map(|to| Talk::open(world.outside(), 0, *to)).collect();
+    let sockets: Vec<_> = vips.iter().map(|to| datagrams(world.far(), *to, Some(*to))).collect();
+    let before: Vec<_> = sockets.iter().map(|socket| ask(socket, b"before").unwrap()).collect();
+    stage.kill_and_restart();
+    for talk in &mut talks {
+        talk.echo(100).unwrap();
+    }
+    let after: Vec<_> = sockets.iter().map(|socket| ask(socket, b"after").unwrap()).collect();
+    assert_eq!(before, after);
+    Talk::open(stage.world.outside(), 0, vips[0]).echo(100).unwrap();
+}
+
+/// C2: a UDP flow stays with an endpoint that serves, though it is terminating, and leaves one that does not.
+#[test]
+fn c2_udp_flows_leave_endpoints_that_do_not_serve() {
+    let stage = Stage::new(Layout::default());
+    let world = &stage.world;
+    let (old, new) = (bridge_pod(world, 0, 0), p2p_pod(world, 0, 0));
+    stage.apply("web", &served(world, "web", 1, &[(0, old)]));
+    let open = |from| all_frontends(world, 1).into_iter().map(move |to| datagrams(from, to, Some(to)));
+    let sockets: Vec<_> = clients(world).into_iter().flat_map(open).collect();
+    let all_with = |server: &Place, question: &[u8]| {
+        for socket in &sockets {
+            let to = socket.peer_addr().unwrap();
+            let said = ask(socket, question).unwrap_or_else(|error| panic!("{to}: {error}"));
+            assert_eq!(said, server.name(), "{to}: {}", String::from_utf8_lossy(question));
+        }
+    };
+    all_with(old, b"at first");
+    let leaving = endpoints(world, "web", &[(0, old, Condition::Leaving), (0, new, Condition::Ready)]);
+    stage.apply("web", &[vec![everything("web", 1)], leaving].concat());
+    all_with(old, b"terminating, but it serves");
+    stage.apply("web", &served(world, "web", 1, &[(0, new)]));
+    // Nobody says when the flows are gone.
+    for socket in &sockets {
+        let left = eventually("the flow leaves the endpoint", || {
+            let said = ask(socket, b"gone")?;
+            anyhow::ensure!(said == new.name(), "still {said}");
+            Ok(())
+        });
+        left.unwrap();
+    }
+    all_with(new, b"the endpoint is gone");
+}
+
+/// C3: a client that started before the first endpoint works when that comes, on the same socket.
+#[test]
+fn c3_udp_clients_may_start_too_early() {
+    let stage = Stage::new(Layout::default());
+    let world = &stage.world;
+    stage.apply("web", &served(world, "web", 1, &[]));
+    let open = |from| vips(1).map(|to| datagrams(from, to, Some(to)));
+    let sockets: Vec<_> = clients(world).into_iter().flat_map(open).collect();
+    for socket in &sockets {
+        assert_eq!(ask(socket, b"early").unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    }
+    let pod = bridge_pod(world, 0, 0);
+    stage.apply("web", &served(world, "web", 1, &[(0, pod)]));
+    for socket in &sockets {
+        assert_eq!(eventually("the flow works", || Ok(ask(socket, b"now")?)).unwrap(), pod.name());
+    }
+}
+
+/// Without a SYN and a flow there is nothing to balance: a packet of a connection that was there before us.
+#[test]
+fn tcp_without_syn_and_flow_is_left_alone() {
+    let stage = Stage::new(Layout::default());
+    let world = &stage.world;
+    let (pod, outside) = (bridge_pod(world, 0, 0), world.outside());
+    stage.apply("web", &served(world, "web", 1, &[(0, pod)]));
+    let node = world.node(0).unwrap().host();
+    let macs = [outside, node].map(|place| hardware_address(place.netns(), "eth0").unwrap());
+    let (sender, receiver) =
+        (Tap::open(outside.netns(), "eth0").unwrap(), Tap::open(pod.netns(), "eth0").unwrap());
+    // The node gets to know its neighbours.
+    Talk::open(outside, 0, vips(1)[0]).echo(10).unwrap();
+    receiver.receive_all(SILENCE, |_| true).unwrap();
+    let vip: Ipv4Addr = "10.96.2.1".parse().unwrap();
+    type Step = PacketBuilderStep<TcpHeader>;
+    let frame = |flags: &dyn Fn(Step) -> Step| {
+        let ip = PacketBuilder::ethernet2(macs[0], macs[1]).ipv4(outside.v4().octets(), vip.octets(), 64);
+        let mut frame = Vec::new();
+        flags(ip.tcp(45_678, 80, 1000, 1000)).write(&mut frame, b"").unwrap();
+        frame
+    };
+    // The destination port lies behind 14 bytes of Ethernet, 20 of IPv4 and 2 of the source port.
+    let to_backend = |frame: &[u8]| frame.get(36..38) == Some(&TARGET.to_be_bytes()[..]);
+    sender.send(&frame(&|tcp| tcp.ack(1))).unwrap();
+    assert_eq!(receiver.receive(SILENCE, to_backend).unwrap(), None, "an ACK of no flow went to the backend");
+    sender.send(&frame(&|tcp| tcp.syn())).unwrap();
+    assert!(receiver.receive(PATIENCE, to_backend).unwrap().is_some(), "a SYN does go there");
+}
+
+/// What `sheave get flows -o json` says of a connection.
+#[test]
+fn get_flows_shows_a_connection() {
+    let stage = Stage::new(Layout::default());
+    let world = &stage.world;
+    let pod = bridge_pod(world, 0, 0);
+    stage.apply("web", &served(world, "web", 1, &[(0, pod)]));
+    let talk = Talk::open(world.outside(), 0, vips(1)[0]);
+    let output = world.agent(0).unwrap().ask(&["get", "flows", "-o", "json"]).unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let _: serde_json::Value = serde_json::from_str(&text).unwrap();
+    for address in [talk.local(), vips(1)[0], pod.sockets(TARGET)[0]] {
+        assert!(text.contains(&address.to_string()), "{address} is not in {text}");
+    }
+}
