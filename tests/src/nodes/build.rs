@@ -17,8 +17,7 @@ const GATEWAY_MAC: &str = "ee:ee:ee:ee:ee:ee";
 const GATEWAY_V6: &str = "fe80::ecee:eeff:feee:eeee";
 const GATEWAY_V4: &str = "169.254.1.1";
 
-/// Routes of the router for packets of the far network and of its own: what a node cannot place shall not come back to
-/// it.
+/// Routes of the router for packets from behind it and for its own: what a node cannot place shall not come back to it.
 const FAR_TABLE: u8 = 100;
 
 pub(super) fn world(layout: Layout) -> Result<World> {
@@ -314,15 +313,14 @@ fn vips_via(node: &Node, router: &Netns, others: &[&Netns]) -> Result<()> {
     }
     router.ip(&routes(&format!("table {FAR_TABLE}")))?;
     let table = FAR_TABLE.to_string();
-    for (family, range) in [("-4", "198.18.1.0/24"), ("-6", "fd00:198:18:1::/64")] {
+    // `lo` stands for the router itself: its errors about packets that came from a VIP.
+    for device in ["transit", "lo"] {
         // A batch of `ip` takes rules of one family only.
-        let rule = [family, "rule", "add", "from", range, "lookup", &table];
-        let status = router.command("ip").args(rule).status().context("running `ip`")?;
-        ensure!(status.success(), "`ip {}`: {status}", rule.join(" "));
-        // Errors of the router itself about packets that came from a VIP.
-        let rule = [family, "rule", "add", "iif", "lo", "lookup", &table];
-        let status = router.command("ip").args(rule).status().context("running `ip`")?;
-        ensure!(status.success(), "`ip {}`: {status}", rule.join(" "));
+        for family in ["-4", "-6"] {
+            let rule = [family, "rule", "add", "iif", device, "lookup", &table];
+            let status = router.command("ip").args(rule).status().context("running `ip`")?;
+            ensure!(status.success(), "`ip {}`: {status}", rule.join(" "));
+        }
     }
     Ok(())
 }
