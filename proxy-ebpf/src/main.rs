@@ -4,6 +4,7 @@
 //! answer. Hooks that come in an IPv4 and an IPv6 form are generic over [`context::Family`].
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 
 mod connect;
 mod context;

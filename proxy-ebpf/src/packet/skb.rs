@@ -1,5 +1,7 @@
 //! The frame as the decision core sees it: direct reads and writes, helpers only where the kernel keeps books.
 
+use core::arch::asm;
+
 use aya_ebpf::{
     bindings::__sk_buff,
     helpers::{bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_pull_data},
@@ -62,17 +64,24 @@ impl<'a> Skb<'a> {
         }
     }
 
-    // Volatile: a sub-program must read these from the context, not get them as arguments.
+    // In assembly: the offset must stay in the instruction, and the loads in their place. The compiler makes "context plus
+    // 76" a value of its own where it reads the field often, which the verifier refuses.
     #[inline(always)]
     fn start(&self) -> usize {
-        // SAFETY: as above.
-        unsafe { (&raw const (*self.raw()).data).read_volatile() as usize }
+        const { assert!(core::mem::offset_of!(__sk_buff, data) == 76) };
+        let start: usize;
+        // SAFETY: reads a field of the context, which is valid.
+        unsafe { asm!("{start} = *(u32 *)({skb} + 76)", start = out(reg) start, skb = in(reg) self.raw()) };
+        start
     }
 
     #[inline(always)]
     fn end(&self) -> usize {
+        const { assert!(core::mem::offset_of!(__sk_buff, data_end) == 80) };
+        let end: usize;
         // SAFETY: as above.
-        unsafe { (&raw const (*self.raw()).data_end).read_volatile() as usize }
+        unsafe { asm!("{end} = *(u32 *)({skb} + 80)", end = out(reg) end, skb = in(reg) self.raw()) };
+        end
     }
 
     #[inline(always)]
