@@ -38,56 +38,6 @@ fn backends(world: &World) -> [(usize, &Place); 3] {
     [(0, bridge_pod(world, 0, 0)), (0, p2p_pod(world, 0, 0)), (1, bridge_pod(world, 1, 0))]
 }
 
-/// M11: from one port of a client to two VIPs with the same backend, over TCP: both connections live side by side.
-#[test]
-fn m11_two_vips_with_one_backend_from_one_tcp_port() {
-    let stage = Stage::new(Layout::default());
-    let world = &stage.world;
-    for (round, backend) in (0..).zip(backends(world)) {
-        stage.apply("one", &served(world, "one", 1, &[backend]));
-        stage.apply("two", &served(world, "two", 2, &[backend]));
-        for from in clients(world) {
-            for family in [0, 1] {
-                // A port of its own each time: those of before rest.
-                let port = 40_000 + round;
-                let mut one = Talk::open(from, port, vips(1)[family]);
-                let mut two = Talk::open(from, port, vips(2)[family]);
-                assert_eq!([&one.server, &two.server], [backend.1.name(); 2]);
-                assert_ne!(one.seen, two.seen, "one tuple for two connections of {}", from.name());
-                for _ in 0..3 {
-                    one.echo(1000).unwrap();
-                    two.echo(1000).unwrap();
-                }
-            }
-        }
-    }
-}
-
-/// M11 over UDP: each answer comes from the VIP that was asked.
-#[test]
-fn m11_two_vips_with_one_backend_from_one_udp_port() {
-    let stage = Stage::new(Layout::default());
-    let world = &stage.world;
-    for backend in backends(world) {
-        stage.apply("one", &served(world, "one", 1, &[backend]));
-        stage.apply("two", &served(world, "two", 2, &[backend]));
-        for from in clients(world) {
-            for family in [0, 1] {
-                let vips = [vips(1)[family], vips(2)[family]];
-                let socket = datagrams(from, vips[0], None);
-                for round in 0..6 {
-                    let vip = vips[round % 2];
-                    let question = format!("question {round}");
-                    socket.send_to(question.as_bytes(), vip).unwrap();
-                    let said = answer(&socket, question.as_bytes());
-                    let said = said.unwrap_or_else(|error| panic!("{} {vip}: {error}", from.name()));
-                    assert_eq!(said, (backend.1.name().to_owned(), vip), "{} {round}", from.name());
-                }
-            }
-        }
-    }
-}
-
 /// Z8: an established connection outlives its endpoint's place in the set, and its Service.
 #[test]
 fn z8_a_tcp_connection_outlives_endpoint_and_service() {
