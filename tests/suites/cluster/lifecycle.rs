@@ -57,7 +57,7 @@ fn ports_change() {
     api.apply(&base.clone().port("http", "TCP", 8080, TARGET)).unwrap();
     tcp(&client, V4, 8080, &["pod-1-1"]);
     tcp(&client, V6, 8080, &["pod-1-1"]);
-    silent(&client, V4, 80);
+    refused(&client, V4, 80);
 
     api.apply(&base.clone().port("renamed", "TCP", 8080, TARGET)).unwrap();
     cluster.settle().unwrap();
@@ -72,7 +72,7 @@ fn ports_change() {
         answered(&client, Transport::UdpConnected, dial(vip, 53), &["dns"]);
         answered(&client, Transport::UdpUnconnected, dial(vip, 53), &["dns"]);
     }
-    silent(&client, V4, 8080);
+    refused(&client, V4, 8080);
 
     // The pods of a new release listen elsewhere, under the same name.
     let _new = cluster.place(0, 1).unwrap().serve_as("new release", 7777).unwrap();

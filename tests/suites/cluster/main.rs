@@ -81,7 +81,7 @@ fn tcp(client: &Client, address: &str, port: u16, expected: &[&str]) {
     answered(client, Transport::Tcp, dial(address, port), expected);
 }
 
-/// Soon a VIP refuses at once: it is known and has no endpoint (Z1).
+/// Soon a VIP refuses at once: it is known and has no endpoint (Z1), or not this port (Z6).
 fn refused(client: &Client, address: &str, port: u16) {
     eventually(&format!("{address}:{port} refuses"), || {
         let failure = fail(client, Transport::Tcp, dial(address, port))?;
