@@ -66,3 +66,26 @@ fn past_firewalls_without_br_netfilter() {
     // Where no agent runs, such a firewall drops what is for a VIP.
     holds(Layout { guard: Guard::OnlyReal, ..layout }, Settings::default(), &[0, 1]);
 }
+
+#[test]
+fn past_a_policy_of_real_addresses_with_strict_and_loose_filters() {
+    let layout = Layout { guard: Guard::OnlyReal, ..Layout::default() };
+    holds(layout, Settings::default(), &[0, 1]);
+    holds(Layout { rp_filter: 2, ..layout }, Settings::default(), &[0, 1]);
+    holds(Layout { guard: Guard::OnlyReal, ..Layout::overlay() }, Settings::default(), &[0, 1]);
+}
+
+#[test]
+fn without_offloads() {
+    let layout = Layout { offload: false, guard: Guard::DropInvalid, ..Layout::default() };
+    holds(layout, Settings::default(), &[0]);
+    holds(Layout { offload: false, ..Layout::overlay() }, Settings::default(), &[0]);
+}
+
+/// M1: the other ways to tell a local pod.
+#[test]
+fn m1_local_pods_by_interface_or_range() {
+    for detection in [Detection::BridgeInterface, Detection::InterfaceNamePrefix, Detection::NodeCidr] {
+        holds(Layout::default(), Settings { detection, ..Settings::default() }, &[0]);
+    }
+}

@@ -56,7 +56,7 @@ fn works(from: &Place, number: u16) {
     for address in cluster_ips(number) {
         let to = SocketAddr::new(address, 80);
         Talk::open(from, 0, to).echo(1000).unwrap();
-        ask(&datagrams(from, to, Some(to)), b"question").unwrap();
+        ask(&datagrams(from, to), b"question").unwrap();
     }
 }
 

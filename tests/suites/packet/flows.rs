@@ -16,8 +16,11 @@ use sheave_tests::{
 };
 
 use crate::{
-    stage::{Condition, Stage, bridge_pod, cluster_ips, endpoints, everything, frontends, p2p_pod, served},
-    talk::{PATIENCE, SILENCE, Talk, answer, ask, datagrams},
+    stage::{
+        Condition, Stage, bridge_pod, cluster_ips, endpoints, everything, frontends, p2p_pod, served,
+        served_at,
+    },
+    talk::{PATIENCE, SILENCE, Talk, ask, datagrams},
 };
 
 fn vips(number: u16) -> [SocketAddr; 2] {
@@ -73,7 +76,7 @@ fn flows_outlive_the_agent() {
     stage.apply("web", &served(world, "web", 1, &backends(world)));
     let vips: Vec<_> = vips(1).into_iter().cycle().take(8).collect();
     let mut talks: Vec<_> = vips.iter().map(|to| Talk::open(world.outside(), 0, *to)).collect();
-    let sockets: Vec<_> = vips.iter().map(|to| datagrams(world.far(), *to, Some(*to))).collect();
+    let sockets: Vec<_> = vips.iter().map(|to| datagrams(world.far(), *to)).collect();
     let before: Vec<_> = sockets.iter().map(|socket| ask(socket, b"before").unwrap()).collect();
     stage.kill_and_restart();
     for talk in &mut talks {
@@ -91,7 +94,7 @@ fn c2_udp_flows_leave_endpoints_that_do_not_serve() {
     let world = &stage.world;
     let (old, new) = (bridge_pod(world, 0, 0), p2p_pod(world, 0, 0));
     stage.apply("web", &served(world, "web", 1, &[(0, old)]));
-    let open = |from| all_frontends(world, 1).into_iter().map(move |to| datagrams(from, to, Some(to)));
+    let open = |from| all_frontends(world, 1).into_iter().map(move |to| datagrams(from, to));
     let sockets: Vec<_> = clients(world).into_iter().flat_map(open).collect();
     let all_with = |server: &Place, question: &[u8]| {
         for socket in &sockets {
@@ -117,13 +120,37 @@ fn c2_udp_flows_leave_endpoints_that_do_not_serve() {
     all_with(new, b"the endpoint is gone");
 }
 
+/// C4: another target port at the same address is another endpoint.
+#[test]
+fn c4_udp_flows_leave_a_port_that_is_no_endpoint_any_more() {
+    let stage = Stage::new(Layout::default());
+    let world = &stage.world;
+    let pod = bridge_pod(world, 0, 0);
+    let _other = pod.serve_as("other", TARGET + 1).unwrap();
+    stage.apply("web", &served(world, "web", 1, &[(0, pod)]));
+    let open = |from| all_frontends(world, 1).into_iter().map(move |to| datagrams(from, to));
+    let sockets: Vec<_> = clients(world).into_iter().flat_map(open).collect();
+    for socket in &sockets {
+        assert_eq!(ask(socket, b"at first").unwrap(), pod.name());
+    }
+    stage.apply("web", &served_at(world, "web", 1, TARGET + 1, &[(0, pod)]));
+    for socket in &sockets {
+        let left = eventually("the flow leaves the port", || {
+            let said = ask(socket, b"moved")?;
+            anyhow::ensure!(said == "other", "still {said}");
+            Ok(())
+        });
+        left.unwrap();
+    }
+}
+
 /// C3: a client that started before the first endpoint works when that comes, on the same socket.
 #[test]
 fn c3_udp_clients_may_start_too_early() {
     let stage = Stage::new(Layout::default());
     let world = &stage.world;
     stage.apply("web", &served(world, "web", 1, &[]));
-    let open = |from| vips(1).map(|to| datagrams(from, to, Some(to)));
+    let open = |from| vips(1).map(|to| datagrams(from, to));
     let sockets: Vec<_> = clients(world).into_iter().flat_map(open).collect();
     for socket in &sockets {
         assert_eq!(ask(socket, b"early").unwrap_err().kind(), ErrorKind::ConnectionRefused);

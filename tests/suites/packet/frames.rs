@@ -197,7 +197,7 @@ fn redirects_do_not_lead_clients_of_a_vip_away() {
         let to = SocketAddr::new(*address, 80);
         for _ in 0..5 {
             Talk::open(outside, 0, to).echo(100).unwrap();
-            ask(&datagrams(outside, to, Some(to)), b"question").unwrap();
+            ask(&datagrams(outside, to), b"question").unwrap();
         }
         let mut route = outside.command("ip").unwrap();
         let output =

@@ -1,16 +1,19 @@
 //! What is refused, what is dropped, and for whom.
 
-use std::{collections::BTreeSet, net::SocketAddr};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+};
 
 use sheave_tests::{
     lab::Place,
-    nodes::{Layout, World},
+    nodes::{Guard, Layout, World, nft, tap::Tap},
     protocol::Transport,
 };
 
 use crate::{
     stage::{Stage, bridge_pod, cluster_ips, everything, frontends, p2p_pod, served},
-    talk::{BOTH, PATIENCE, SILENCE, answered, try_once},
+    talk::{BOTH, PATIENCE, SILENCE, answered, datagrams, try_once},
 };
 
 /// Clients outside, far, in pods of both kinds, and on the node itself.
@@ -151,6 +154,57 @@ fn f5_f6_open_source_ranges() {
     for transport in BOTH {
         is_answered(world, world.far(), transport, v4);
         is_answered(world, world.far(), transport, v6);
+    }
+}
+
+/// A firewall that drops one client's packets to pods, by real addresses as CNIs do, stops that client and nobody else.
+#[test]
+fn a_policy_against_one_client_stops_only_that_client() {
+    let stage = Stage::new(Layout { guard: Guard::DropInvalid, ..Layout::default() });
+    let world = &stage.world;
+    stage.apply("web", &served(world, "web", 1, &[(0, bridge_pod(world, 0, 0))]));
+    let (v4, v6) = (world.far().v4(), world.far().v6());
+    let rules = format!(
+        "table inet one_client {{ chain forward {{ type filter hook forward priority 1; \
+         ip saddr {v4} ip daddr 10.244.0.0/16 drop; ip6 saddr {v6} ip6 daddr fd00:10:244::/48 drop; }}; }}"
+    );
+    nft(world.node(0).unwrap().host().netns(), &rules).unwrap();
+    for transport in BOTH {
+        for to in [0, 1].map(|family| frontends(world, 1, family)).concat() {
+            is_dropped(world, world.far(), transport, to);
+            is_answered(world, world.outside(), transport, to);
+            is_answered(world, p2p_pod(world, 0, 1), transport, to);
+        }
+    }
+}
+
+/// X4: other ports of an external or a load balancer's address are nobody's: packets go on as they are.
+#[test]
+fn x4_other_ports_of_external_addresses_are_left_alone() {
+    let stage = Stage::new(Layout::default());
+    let world = &stage.world;
+    stage.apply("web", &served(world, "web", 1, &[(0, bridge_pod(world, 0, 0))]));
+    for family in [0, 1] {
+        let [.., external, balancer] = frontends(world, 1, family);
+        for mut to in [external, balancer] {
+            to.set_port(81);
+            // What node-1 puts on the wire comes in at the router's end of it.
+            let wire = Tap::open(world.router(), world.node(0).unwrap().name()).unwrap();
+            let socket = datagrams(world.outside(), to);
+            let question = format!("to {to}");
+            socket.send(question.as_bytes()).unwrap();
+            let same = |frame: &[u8]| frame.ends_with(question.as_bytes());
+            let frame =
+                wire.receive(PATIENCE, same).unwrap().unwrap_or_else(|| panic!("{to}: it does not go on"));
+            let (at, length) = if to.is_ipv4() { (26, 4) } else { (22, 16) };
+            let addresses = [world.outside().sockets(0)[family].ip(), to.ip()].map(|address| match address {
+                IpAddr::V4(address) => address.octets().to_vec(),
+                IpAddr::V6(address) => address.octets().to_vec(),
+            });
+            assert_eq!(frame[at..at + 2 * length], addresses.concat(), "{to}: another address");
+            let ports = [socket.local_addr().unwrap().port(), 81].map(u16::to_be_bytes).concat();
+            assert_eq!(frame[at + 2 * length..at + 2 * length + 4], ports, "{to}: another port");
+        }
     }
 }
 

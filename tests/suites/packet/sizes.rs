@@ -43,7 +43,7 @@ fn all_frontends(world: &World, number: u16) -> Vec<SocketAddr> {
 /// What a connected UDP socket, which never fragments, learns of the way: its path MTU once a datagram was too long. One
 /// that fits is answered.
 fn path_mtu(from: &Place, to: SocketAddr) -> i32 {
-    let socket = datagrams(from, to, Some(to));
+    let socket = datagrams(from, to);
     let (level, discover, mtu) = if to.is_ipv4() {
         (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_MTU)
     } else {
@@ -139,7 +139,7 @@ fn fragments(stage: &Stage, froms: &[&Place]) {
         stage.apply(name, &served(world, name, number, &[backend]));
         for from in froms {
             for to in all_frontends(world, number) {
-                let socket = datagrams(from, to, Some(to));
+                let socket = datagrams(from, to);
                 socket.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
                 // The first of a flow is in several fragments, then comes one alone, then more.
                 for length in [4000, 10, 9000] {
@@ -183,7 +183,7 @@ fn ipv6_extension_headers() {
     for option in [libc::IPV6_DSTOPTS, libc::IPV6_HOPOPTS] {
         for from in [world.outside(), p2p_pod(world, 0, 1)] {
             for to in frontends(world, 1, 1) {
-                let socket = datagrams(from, to, Some(to));
+                let socket = datagrams(from, to);
                 set(&socket, libc::IPPROTO_IPV6, option, &header);
                 let said = ask(&socket, b"options");
                 let said = said.unwrap_or_else(|error| panic!("{} {to} {option}: {error}", from.name()));

@@ -51,7 +51,6 @@ fn any(address: SocketAddr) -> SocketAddr {
 pub(crate) struct Talk {
     stream: TcpStream,
     pub(crate) server: String,
-    pub(crate) seen: SocketAddr,
 }
 
 impl Talk {
@@ -80,8 +79,8 @@ impl Talk {
             line.push(byte[0]);
         }
         let line = String::from_utf8(line).unwrap();
-        let (server, seen) = line.trim_end().split_once(' ').unwrap();
-        Self { stream, server: server.to_owned(), seen: seen.parse().unwrap() }
+        let (server, _) = line.split_once(' ').unwrap();
+        Self { stream, server: server.to_owned() }
     }
 
     pub(crate) fn local(&self) -> SocketAddr {
@@ -105,13 +104,11 @@ impl Talk {
     }
 }
 
-/// A UDP socket of a place, of this family; connected if told where to.
-pub(crate) fn datagrams(from: &Place, family: SocketAddr, to: Option<SocketAddr>) -> UdpSocket {
+/// A connected UDP socket of a place.
+pub(crate) fn datagrams(from: &Place, to: SocketAddr) -> UdpSocket {
     let open = || {
-        let socket = UdpSocket::bind(any(family)).unwrap();
-        if let Some(to) = to {
-            socket.connect(to).unwrap();
-        }
+        let socket = UdpSocket::bind(any(to)).unwrap();
+        socket.connect(to).unwrap();
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
         socket
     };
@@ -121,19 +118,14 @@ pub(crate) fn datagrams(from: &Place, family: SocketAddr, to: Option<SocketAddr>
 /// Asks on a connected socket: the server's name, or the error.
 pub(crate) fn ask(socket: &UdpSocket, question: &[u8]) -> std::io::Result<String> {
     socket.send(question)?;
-    answer(socket, question).map(|(server, _)| server)
-}
-
-/// The answer to a question: the server's name, and who sent it.
-pub(crate) fn answer(socket: &UdpSocket, question: &[u8]) -> std::io::Result<(String, SocketAddr)> {
     let mut buffer = vec![0; 1 << 16];
     loop {
-        let (length, from) = socket.recv_from(&mut buffer)?;
+        let length = socket.recv(&mut buffer)?;
         let end = buffer.iter().position(|byte| *byte == b'\n').unwrap();
         // An answer to an earlier question may be late.
         if &buffer[end + 1..length] == question {
             let line = String::from_utf8_lossy(&buffer[..end]).into_owned();
-            return Ok((line.split(' ').next().unwrap().to_owned(), from));
+            return Ok(line.split(' ').next().unwrap().to_owned());
         }
     }
 }
