@@ -41,6 +41,32 @@ fn backends(world: &World) -> [(usize, &Place); 3] {
     [(0, bridge_pod(world, 0, 0)), (0, p2p_pod(world, 0, 0)), (1, bridge_pod(world, 1, 0))]
 }
 
+/// M11 over UDP, as far as it goes: each answer comes from the VIP that was asked last.
+#[test]
+fn m11_two_vips_with_one_backend_from_one_udp_port() {
+    let stage = Stage::new(Layout::default());
+    let world = &stage.world;
+    for backend in backends(world) {
+        stage.apply("one", &served(world, "one", 1, &[backend]));
+        stage.apply("two", &served(world, "two", 2, &[backend]));
+        for from in clients(world) {
+            for family in [0, 1] {
+                let vips = [vips(1)[family], vips(2)[family]];
+                let socket = datagrams(from, vips[0]);
+                for round in 0..6 {
+                    let vip = vips[round % 2];
+                    let question = format!("question {round}");
+                    // The port stays; an answer from elsewhere is not heard.
+                    socket.connect(vip).unwrap();
+                    let said = ask(&socket, question.as_bytes());
+                    let said = said.unwrap_or_else(|error| panic!("{} {vip}: {error}", from.name()));
+                    assert_eq!(said, backend.1.name(), "{} {round}", from.name());
+                }
+            }
+        }
+    }
+}
+
 /// Z8: an established connection outlives its endpoint's place in the set, and its Service.
 #[test]
 fn z8_a_tcp_connection_outlives_endpoint_and_service() {

@@ -1,7 +1,7 @@
 //! Finding and making flows.
 
 use super::{FlowEntry, PacketTables};
-use crate::abi::{Flow, FlowKey};
+use crate::abi::{Flow, FlowKey, Protocol};
 
 /// A second's worth of nanoseconds: how exact a flow's last use is kept.
 const SECOND_NS: u64 = 1_000_000_000;
@@ -36,6 +36,9 @@ pub(super) fn find<T: PacketTables>(
 }
 
 /// Stores a new flow where this client port has no other that goes on; the last slot gives way.
+///
+/// A datagram flow takes the place of one to another VIP with the same backend: inside the node both look alike, and a
+/// client's port is used again long before the old flow is gone.
 #[inline(always)]
 pub(super) fn store<T: PacketTables>(tables: &T, key: &FlowKey, flow: &Flow) -> Option<(FlowKey, T::Entry)> {
     for slot in 0..FlowKey::SLOTS {
@@ -47,7 +50,10 @@ pub(super) fn store<T: PacketTables>(tables: &T, key: &FlowKey, flow: &Flow) -> 
             let entry = tables.flow(&key)?;
             return Some((key, entry));
         };
-        if slot + 1 == FlowKey::SLOTS || entry.flow().is_over() {
+        let alike = key.protocol != Protocol::Tcp.number()
+            && entry.flow().backend == flow.backend
+            && entry.flow().backend_port == flow.backend_port;
+        if slot + 1 == FlowKey::SLOTS || entry.flow().is_over() || alike {
             entry.replace(flow);
             return Some((key, entry));
         }
