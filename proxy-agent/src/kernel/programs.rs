@@ -63,7 +63,7 @@ const TABLES: [Shape; 4] = [
 ];
 
 /// Maps that the programs write, and those of the agent that keep their size; shared by all generations.
-const STATE: [Shape; 17] = [
+const STATE: [Shape; 18] = [
     shape!("AFFINITY", AffinityKey, AffinityEntry),
     shape!("DATAGRAM_FLOWS", DatagramKey, DatagramFlow),
     shape!("DATAGRAM_ORIGIN", DatagramKey, DatagramOrigin),
@@ -81,6 +81,7 @@ const STATE: [Shape; 17] = [
     shape!("YOUNG_FLOWS", FlowKey, Flow),
     shape!("SNAT", SnatKey, FlowKey),
     shape!("YOUNG_SNAT", SnatKey, FlowKey),
+    shape!("SEVERAL_VIPS", u32, u32),
     shape!("FRAGMENTS", FragmentKey, FragmentPorts),
 ];
 

@@ -102,6 +102,14 @@ fn flows_outlive_the_agent() {
     stage.apply("web", &served(world, "web", 1, &backends(world)));
     let vips: Vec<_> = vips(1).into_iter().cycle().take(8).collect();
     let mut talks: Vec<_> = vips.iter().map(|to| Talk::open(world.outside(), 0, *to)).collect();
+    // From the same ports to another VIP, whose backend is another one too.
+    stage.apply("other", &served(world, "other", 2, &[(0, p2p_pod(world, 0, 1))]));
+    let second = |talk: &Talk| {
+        let family = usize::from(talk.local().is_ipv6());
+        Talk::open(world.outside(), talk.local().port(), self::vips(2)[family])
+    };
+    let seconds: Vec<_> = talks.iter().map(second).collect();
+    talks.extend(seconds);
     let sockets: Vec<_> = vips.iter().map(|to| datagrams(world.far(), *to)).collect();
     let before: Vec<_> = sockets.iter().map(|socket| ask(socket, b"before").unwrap()).collect();
     stage.kill_and_restart();
