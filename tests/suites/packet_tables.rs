@@ -314,14 +314,7 @@ fn flow(vip: &str, vip_port: u16, idle_s: u64, flags: u32) -> Flow {
 fn with_snat(mut flow: Flow, port: u16, key: FlowKey) -> (Flow, (SnatKey, FlowKey)) {
     flow.snat = ip("172.18.0.2").into();
     flow.snat_port = Port::new(port);
-    let back = SnatKey {
-        snat: flow.snat,
-        backend: flow.backend,
-        snat_port: flow.snat_port,
-        backend_port: flow.backend_port,
-        protocol: key.protocol,
-        ..SnatKey::default()
-    };
+    let back = flow.way_back(key.protocol);
     (flow, (back, key))
 }
 

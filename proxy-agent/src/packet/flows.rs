@@ -87,14 +87,7 @@ fn is_dead(key: &FlowKey, flow: &Flow, now_ns: u64) -> bool {
 
 /// Where the connection's replies find their way back; nothing if its source is not replaced (yet).
 fn companion(key: &FlowKey, flow: &Flow) -> Option<SnatKey> {
-    (flow.snat_port != Port::default()).then_some(SnatKey {
-        snat: flow.snat,
-        backend: flow.backend,
-        snat_port: flow.snat_port,
-        backend_port: flow.backend_port,
-        protocol: key.protocol,
-        ..SnatKey::default()
-    })
+    (flow.snat_port != Port::default()).then(|| flow.way_back(key.protocol))
 }
 
 /// The clock of [`Flow::used_ns`].

@@ -117,6 +117,12 @@ impl Flow {
     pub const fn needs_snat(&self) -> bool {
         self.flags & Self::NEEDS_SNAT != 0
     }
+
+    /// How its replaced source comes back; of no meaning before there is one.
+    #[inline(always)]
+    pub const fn way_back(&self, protocol: u8) -> SnatKey {
+        SnatKey::new((self.snat, self.snat_port), (self.backend, self.backend_port), protocol)
+    }
 }
 
 /// How a replaced source comes back: the destination and source of the backend's reply.
@@ -133,13 +139,27 @@ pub struct SnatKey {
     pub backend_port: Port,
     /// IP protocol number.
     pub protocol: u8,
-    /// Always 0.
-    pub zero: u8,
-    /// Always 0.
-    pub zeros: u16,
+    zero: u8,
+    zeros: u16,
 }
 
 layout!(SnatKey, size = 40, fields = Address, Address, Port, Port, u8, u8, u16);
+
+impl SnatKey {
+    /// Of a replaced source and who was sent to.
+    #[inline(always)]
+    pub const fn new(snat: (Address, Port), backend: (Address, Port), protocol: u8) -> Self {
+        Self {
+            snat: snat.0,
+            backend: backend.0,
+            snat_port: snat.1,
+            backend_port: backend.1,
+            protocol,
+            zero: 0,
+            zeros: 0,
+        }
+    }
+}
 
 /// `FRAGMENTS`: LRU hash. Only the first fragment of a packet has its ports.
 #[repr(C)]

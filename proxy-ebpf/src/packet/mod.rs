@@ -12,7 +12,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use proxy_common::decide::packet::{
-    self as decide, Decision, Headers, L2_BYTES, Packet, PacketTables, Route, Verdict,
+    self as decide, Decision, Headers, L2_BYTES, PacketTables, Route, Verdict,
 };
 use skb::Skb;
 use tables::Device;
@@ -31,10 +31,6 @@ const DROP: i32 = 2;
 const IPV4: u32 = 0x0800_u16.to_be() as u32;
 const IPV6: u32 = 0x86dd_u16.to_be() as u32;
 
-/// IP protocol numbers of ICMP.
-const ICMP: u8 = 1;
-const ICMPV6: u8 = 58;
-
 // Every step is a global function, which the verifier walks once and by itself. Inlined, or as functions of this object
 // only, the ways through them would multiply: it gives up at a million instructions. They hand each other the headers in
 // `HEADERS`, since kernels before 5.13 let a global function take no pointer but the context.
@@ -48,9 +44,7 @@ pub(crate) fn ingress(ctx: &TcContext) -> i32 {
     if answer == BEGIN {
         answer = match packet_decide(ctx.skb.skb) {
             FORWARD => packet_begin(ctx.skb.skb),
-            NEXT => packet_stay(ctx.skb.skb, NEXT as u32),
-            REFUSE => packet_stay(ctx.skb.skb, REFUSE as u32),
-            _ => packet_stay(ctx.skb.skb, DROP as u32),
+            otherwise => packet_stay(ctx.skb.skb, otherwise as u32),
         };
     }
     match answer {
@@ -73,9 +67,7 @@ pub(crate) fn egress(ctx: &TcContext) -> i32 {
     if answer == BEGIN {
         answer = match packet_decide(ctx.skb.skb) {
             FORWARD => packet_begin_own(ctx.skb.skb),
-            NEXT => packet_stay_own(ctx.skb.skb, NEXT as u32),
-            REFUSE => packet_stay_own(ctx.skb.skb, REFUSE as u32),
-            _ => packet_stay_own(ctx.skb.skb, DROP as u32),
+            otherwise => packet_stay_own(ctx.skb.skb, otherwise as u32),
         };
     }
     match answer {
@@ -135,7 +127,7 @@ extern "C" fn packet_parse(skb: *mut __sk_buff) -> i32 {
     let Some(stored) = HEADERS.get_ptr_mut(0) else { return NOTHING };
     // SAFETY: a per-CPU slot, used by the packet that is on this CPU.
     unsafe { *stored = headers };
-    if headers.protocol == ICMP || headers.protocol == ICMPV6 { CONTROL } else { TRANSPORT }
+    if headers.is_icmp() { CONTROL } else { TRANSPORT }
 }
 
 #[inline(always)]
@@ -299,8 +291,7 @@ extern "C" fn packet_bridge(skb: *mut __sk_buff) -> i32 {
     if let (Route::Device(out), Some(mac)) = route::lookup(skb, device.bridge, &now.destination.0, stored.v6)
         && out == device.bridge
     {
-        let _ = packet.store16(0, u16::from_ne_bytes([mac[0], mac[1]]));
-        let _ = packet.store32(2, u32::from_ne_bytes([mac[2], mac[3], mac[4], mac[5]]));
+        let _ = decide::address_to(&mut packet, mac);
     }
     NEXT
 }
@@ -316,9 +307,7 @@ extern "C" fn packet_refuse_own(skb: *mut __sk_buff) -> i32 {
         return DROP;
     }
     let Some(device) = Device::of(&ctx).device() else { return DROP };
-    let mac = device.mac;
-    let _ = packet.store16(0, u16::from_ne_bytes([mac[0], mac[1]]));
-    let _ = packet.store32(2, u32::from_ne_bytes([mac[2], mac[3], mac[4], mac[5]]));
+    let _ = decide::address_to(&mut packet, device.mac);
     // SAFETY: any interface index is allowed, and the flag is one of the helper's.
     (unsafe { bpf_redirect(packet.device(), BPF_F_INGRESS) }) as i32
 }

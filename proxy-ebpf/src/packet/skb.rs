@@ -54,6 +54,13 @@ impl<'a> Skb<'a> {
         unsafe { (&raw const (*self.raw()).ingress_ifindex).read_volatile() == 0 }
     }
 
+    /// Whole length.
+    #[inline(always)]
+    fn length(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (&raw const (*self.raw()).len).read_volatile() }
+    }
+
     /// Makes the headers readable where they lie in fragments. What cannot be had is found missing when it is read.
     #[inline(always)]
     pub(super) fn pull(&self) {
@@ -135,14 +142,7 @@ impl Packet for Skb<'_> {
     }
 
     #[inline(always)]
-    fn fix_checksum(
-        &mut self,
-        at: u32,
-        difference: u32,
-        covers: Covers,
-        zero_is_none: bool,
-        _v6: bool,
-    ) -> Option<()> {
+    fn fix_checksum(&mut self, at: u32, difference: u32, covers: Covers, zero_is_none: bool) -> Option<()> {
         let mut flags = match covers {
             Covers::PseudoHeader => PSEUDO_HEADER,
             Covers::Content => 0,
@@ -167,11 +167,5 @@ impl Packet for Skb<'_> {
         // SAFETY: the helper checks the length.
         let result = unsafe { bpf_skb_adjust_room(self.raw(), bytes as i32, AFTER_L2, 0) };
         if result == 0 { Some(()) } else { None }
-    }
-
-    #[inline(always)]
-    fn length(&self) -> u32 {
-        // SAFETY: the kernel gives a valid context; the verifier checks the offset.
-        unsafe { (&raw const (*self.raw()).len).read_volatile() }
     }
 }

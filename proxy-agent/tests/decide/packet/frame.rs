@@ -100,14 +100,7 @@ impl Packet for Frame {
     }
 
     /// `bpf_l4_csum_replace` and `inet_proto_csum_replace_by_diff`.
-    fn fix_checksum(
-        &mut self,
-        at: u32,
-        difference: u32,
-        covers: Covers,
-        zero_is_none: bool,
-        _v6: bool,
-    ) -> Option<()> {
+    fn fix_checksum(&mut self, at: u32, difference: u32, covers: Covers, zero_is_none: bool) -> Option<()> {
         let old = self.load16(at)?;
         if zero_is_none && old == 0 {
             return Some(());
@@ -147,9 +140,5 @@ impl Packet for Frame {
             unfinished.field += bytes as usize;
         }
         Some(())
-    }
-
-    fn length(&self) -> u32 {
-        u32::try_from(self.bytes.len()).unwrap()
     }
 }

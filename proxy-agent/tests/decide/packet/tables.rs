@@ -216,15 +216,7 @@ impl PacketTables for Maps {
 
     fn grow_up(&self, key: &FlowKey, flow: &Flow) -> bool {
         if flow.snat_port != Port::new(0) {
-            let snat = SnatKey {
-                snat: flow.snat,
-                backend: flow.backend,
-                snat_port: flow.snat_port,
-                backend_port: flow.backend_port,
-                protocol: key.protocol,
-                zero: 0,
-                zeros: 0,
-            };
+            let snat = flow.way_back(key.protocol);
             self.grown_snat.borrow_mut().insert(snat, *key);
             self.young_snat.borrow_mut().remove(&snat);
         }

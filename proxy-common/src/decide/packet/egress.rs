@@ -23,26 +23,18 @@ pub fn egress(
     }
     let (source, destination) = (headers.source, headers.destination);
     // A reply that one process of this node sends to another one.
-    if tables.is_own() && tables.may_be_snat(destination.1) {
-        let key = SnatKey {
-            snat: destination.0,
-            backend: source.0,
-            snat_port: destination.1,
-            backend_port: source.1,
-            protocol: headers.protocol,
-            zero: 0,
-            zeros: 0,
-        };
-        if let Some(client) = tables.snat(&key)
-            && let Some(entry) = tables.flow(&client)
-            && entry.flow().flags & Flow::OWN_NODE != 0
-        {
-            return own_node_reply(packet, tables, headers, &client, &entry);
-        }
+    if tables.is_own()
+        && tables.may_be_snat(destination.1)
+        && let Some(client) = tables.snat(&headers.way_back())
+        && let Some(entry) = tables.flow(&client)
+        && entry.flow().flags & Flow::OWN_NODE != 0
+    {
+        return own_node_reply(packet, tables, headers, &client, &entry);
     }
     if tables.may_be_flow(&destination.0, destination.1) {
-        let key = FlowKey::new(destination.0, destination.1, headers.protocol);
-        let known = find(tables, &key, |flow| flow.backend == source.0 && flow.backend_port == source.1);
+        let known = find(tables, &headers.of_destination(), |flow| {
+            flow.backend == source.0 && flow.backend_port == source.1
+        });
         if let Some((key, entry)) = known {
             // Read before the flow moves: its old place may be somebody else's at once.
             let vip = (entry.flow().vip, entry.flow().vip_port);
@@ -91,9 +83,8 @@ pub fn replace_source(
 /// The flow of a packet that goes to a backend with a source that is not to be seen there.
 #[inline(always)]
 fn find_to_replace<T: PacketTables>(tables: &T, headers: &Headers) -> Option<(FlowKey, T::Entry)> {
-    let key = FlowKey::new(headers.source.0, headers.source.1, headers.protocol);
     let backend = headers.destination;
-    find(tables, &key, |flow| {
+    find(tables, &headers.of_source(), |flow| {
         flow.needs_snat() && flow.backend == backend.0 && flow.backend_port == backend.1
     })
 }
@@ -128,16 +119,8 @@ pub(super) fn answered<T: PacketTables>(tables: &T, headers: &Headers, key: &Flo
 /// The source that packets get which leave by a device (M7); unset: none.
 #[inline(always)]
 pub(super) fn source_by(device: Option<Device>, v6: bool) -> Address {
-    match device {
-        Some(device) => {
-            if v6 {
-                device.v6
-            } else {
-                device.v4
-            }
-        }
-        None => Address::default(),
-    }
+    let Some(device) = device else { return Address::default() };
+    if v6 { device.v6 } else { device.v4 }
 }
 
 /// A source for a connection that nobody else with this backend has (M7).
@@ -153,15 +136,7 @@ pub(super) fn claim(
     if snat == Address::default() {
         return None;
     }
-    let mut key = SnatKey {
-        snat,
-        backend: backend.0,
-        snat_port: headers.source.1,
-        backend_port: backend.1,
-        protocol: headers.protocol,
-        zero: 0,
-        zeros: 0,
-    };
+    let mut key = SnatKey::new((snat, headers.source.1), backend, headers.protocol);
     // T2: an SCTP port cannot be changed.
     if headers.protocol == Protocol::Sctp.number() {
         return if tables.claim_snat(&key, client) { Some((snat, key.snat_port)) } else { None };

@@ -1,5 +1,5 @@
 use super::{Packet, PacketTables};
-use crate::abi::{Address, FragmentKey, FragmentPorts, Port, Protocol};
+use crate::abi::{Address, FlowKey, FragmentKey, FragmentPorts, Port, Protocol, SnatKey};
 use crate::decide::Peer;
 
 /// Bytes of the Ethernet header. A VLAN tag is not in the frame but beside it.
@@ -43,6 +43,30 @@ impl Headers {
     #[inline(always)]
     pub const fn is_syn(&self) -> bool {
         self.tcp_flags & (SYN | ACK | RST | FIN) == SYN
+    }
+
+    /// ICMP of either version.
+    #[inline(always)]
+    pub const fn is_icmp(&self) -> bool {
+        matches!(self.protocol, ICMP | ICMPV6)
+    }
+
+    /// The flows of who sent it.
+    #[inline(always)]
+    pub(super) const fn of_source(&self) -> FlowKey {
+        FlowKey::new(self.source.0, self.source.1, self.protocol)
+    }
+
+    /// The flows of whom it is sent to.
+    #[inline(always)]
+    pub(super) const fn of_destination(&self) -> FlowKey {
+        FlowKey::new(self.destination.0, self.destination.1, self.protocol)
+    }
+
+    /// Who it is for, if it answers a replaced source.
+    #[inline(always)]
+    pub(super) const fn way_back(&self) -> SnatKey {
+        SnatKey::new(self.destination, self.source, self.protocol)
     }
 
     /// The protocol, if Services have it.

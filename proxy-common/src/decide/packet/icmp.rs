@@ -5,7 +5,7 @@ use super::flow::find;
 use super::headers::{ICMP, ICMPV6};
 use super::nat::{Side, checksum_at, store_address};
 use super::{Covers, FlowEntry, Headers, L2_BYTES, Packet, PacketTables, Verdict, ingress::other, parse};
-use crate::abi::{Flow, FlowKey, Outcome, Port, SnatKey};
+use crate::abi::{Outcome, Port, Protocol, SnatKey};
 use crate::decide::Peer;
 
 /// Bytes of an ICMP error before what it quotes.
@@ -46,47 +46,20 @@ pub fn icmp_ingress(
     let inner = quoted(packet, headers)?;
     // About a packet whose source was replaced: back to the client with it.
     if tables.may_be_snat(inner.source.1) {
-        let key = SnatKey {
-            snat: inner.source.0,
-            backend: inner.destination.0,
-            snat_port: inner.source.1,
-            backend_port: inner.destination.1,
-            protocol: inner.protocol,
-            zero: 0,
-            zeros: 0,
-        };
+        let key = SnatKey::new(inner.source, inner.destination, inner.protocol);
         if let Some(client) = tables.snat(&key) {
-            let outer = (Side::Destination, client.client);
-            return translate(
-                packet,
-                tables,
-                headers,
-                &inner,
-                Side::Source,
-                (client.client, client.port),
-                outer,
-            );
+            return translate(packet, tables, headers, &inner, Side::Source, (client.client, client.port));
         }
     }
     // About a reply that left with the VIP as its source: on to the backend.
     if tables.may_be_vip(&headers.destination.0)
         && tables.may_be_flow(&inner.destination.0, inner.destination.1)
+        && let Some((_, entry)) = find(tables, &inner.of_destination(), |flow| {
+            flow.vip == inner.source.0 && flow.vip_port == inner.source.1
+        })
     {
-        let key = FlowKey::new(inner.destination.0, inner.destination.1, inner.protocol);
-        let known = find(tables, &key, |flow| flow.vip == inner.source.0 && flow.vip_port == inner.source.1);
-        if let Some((_, entry)) = known {
-            let flow = entry.flow();
-            let outer = (Side::Destination, flow.backend);
-            return translate(
-                packet,
-                tables,
-                headers,
-                &inner,
-                Side::Source,
-                (flow.backend, flow.backend_port),
-                outer,
-            );
-        }
+        let to = (entry.flow().backend, entry.flow().backend_port);
+        return translate(packet, tables, headers, &inner, Side::Source, to);
     }
     Some(Verdict::Next)
 }
@@ -103,52 +76,31 @@ pub fn icmp_egress(
     }
     let inner = quoted(packet, headers)?;
     // To the client, about what it sent: it knows the VIP only.
-    if tables.may_be_flow(&inner.source.0, inner.source.1) {
-        let key = FlowKey::new(inner.source.0, inner.source.1, inner.protocol);
-        let known = find(tables, &key, |flow| {
+    if tables.may_be_flow(&inner.source.0, inner.source.1)
+        && let Some((_, entry)) = find(tables, &inner.of_source(), |flow| {
             flow.backend == inner.destination.0 && flow.backend_port == inner.destination.1
-        });
-        if let Some((_, entry)) = known {
-            let flow = entry.flow();
-            let outer = (Side::Source, flow.vip);
-            return translate(
-                packet,
-                tables,
-                headers,
-                &inner,
-                Side::Destination,
-                (flow.vip, flow.vip_port),
-                outer,
-            );
-        }
+        })
+    {
+        let to = (entry.flow().vip, entry.flow().vip_port);
+        return translate(packet, tables, headers, &inner, Side::Destination, to);
     }
     // To the backend, about its reply: it knows the replaced source only.
-    if tables.may_be_flow(&inner.destination.0, inner.destination.1) {
-        let key = FlowKey::new(inner.destination.0, inner.destination.1, inner.protocol);
-        let known = find(tables, &key, |flow: &Flow| {
+    if tables.may_be_flow(&inner.destination.0, inner.destination.1)
+        && let Some((_, entry)) = find(tables, &inner.of_destination(), |flow| {
             flow.snat_port != Port::new(0)
                 && flow.backend == inner.source.0
                 && flow.backend_port == inner.source.1
-        });
-        if let Some((_, entry)) = known {
-            let flow = entry.flow();
-            let outer = (Side::Source, flow.snat);
-            return translate(
-                packet,
-                tables,
-                headers,
-                &inner,
-                Side::Destination,
-                (flow.snat, flow.snat_port),
-                outer,
-            );
-        }
+        })
+    {
+        let to = (entry.flow().snat, entry.flow().snat_port);
+        return translate(packet, tables, headers, &inner, Side::Destination, to);
     }
     Some(Verdict::Next)
 }
 
-/// Changes one side of the quoted packet, one address of the packet that quotes it, and the message's checksum. A
-/// redirect is dropped: it would send elsewhere what is for the VIP.
+/// Changes one side of the quoted packet, the same address on the other side of the packet that quotes it (an error goes
+/// against the way of what it is about), and the message's checksum. A redirect is dropped: it would send elsewhere what
+/// is for the VIP.
 #[inline(always)]
 fn translate(
     packet: &mut impl Packet,
@@ -157,7 +109,6 @@ fn translate(
     inner: &Headers,
     side: Side,
     to: Peer,
-    outer: (Side, crate::abi::Address),
 ) -> Option<Verdict> {
     if headers.protocol == ICMP && packet.load8(headers.l4)? == REDIRECT {
         tables.count(Outcome::PacketDropped);
@@ -180,8 +131,8 @@ fn translate(
         let ports = replaced(0, old.1.raw() as u32, to.1.raw() as u32);
         difference = add(difference, ports);
         // Of TCP only the first eight bytes are sure to be quoted, and its checksum is not among them.
-        if let Some(crate::abi::Protocol::Udp) = inner.transport()
-            && let Some(at) = checksum_at(crate::abi::Protocol::Udp, inner.l4)
+        if let Some(Protocol::Udp) = inner.transport()
+            && let Some(at) = checksum_at(Protocol::Udp, inner.l4)
             && let Some(checksum) = packet.load16(at)
             && checksum != 0
         {
@@ -194,15 +145,15 @@ fn translate(
             difference = replaced(difference, checksum as u32, new as u32);
         }
     }
-    let from = match outer.0 {
-        Side::Source => headers.source.0,
-        Side::Destination => headers.destination.0,
+    let (other_side, from) = match side {
+        Side::Source => (Side::Destination, headers.destination.0),
+        Side::Destination => (Side::Source, headers.source.0),
     };
-    let outside = store_address(packet, L2_BYTES, headers.v6, outer.0, from, outer.1)?;
+    let outside = store_address(packet, L2_BYTES, headers.v6, other_side, from, to.0)?;
     let at = headers.l4 + 2;
-    packet.fix_checksum(at, difference, Covers::Content, false, headers.v6)?;
+    packet.fix_checksum(at, difference, Covers::Content, false)?;
     if headers.v6 {
-        packet.fix_checksum(at, outside, Covers::PseudoHeader, false, true)?;
+        packet.fix_checksum(at, outside, Covers::PseudoHeader, false)?;
     }
     tables.count(Outcome::PacketIcmpTranslated);
     Some(Verdict::Next)

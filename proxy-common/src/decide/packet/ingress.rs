@@ -5,7 +5,7 @@ use super::own_node::own_node_reply;
 use super::{FlowEntry, Headers, Packet, PacketTables, Verdict};
 use crate::abi::{
     Address, ClientKey, Flow, FlowKey, FrontendKey, FrontendKind, FrontendValue, Origin, Outcome,
-    PacketSettings, Protocol, SnatKey, WhichSet,
+    PacketSettings, Protocol, WhichSet,
 };
 use crate::decide::snat::Snat;
 use crate::decide::{Client, Connect, get, serve};
@@ -22,26 +22,17 @@ pub fn ingress(
     let Some(()) = with_ports(tables, headers, false) else { return Some(Verdict::Next) };
     let headers = &*headers;
     let Some(protocol) = headers.transport() else { return Some(other(tables, headers)) };
-    if tables.may_be_snat(headers.destination.1) {
-        let key = SnatKey {
-            snat: headers.destination.0,
-            backend: headers.source.0,
-            snat_port: headers.destination.1,
-            backend_port: headers.source.1,
-            protocol: headers.protocol,
-            zero: 0,
-            zeros: 0,
-        };
-        if let Some(client) = tables.snat(&key) {
-            tables.count(Outcome::PacketSourceRestored);
-            if let Some(entry) = tables.flow(&client)
-                && entry.flow().flags & Flow::OWN_NODE != 0
-            {
-                return own_node_reply(packet, tables, headers, &client, &entry);
-            }
-            rewrite(packet, headers, Side::Destination, (client.client, client.port))?;
-            return Some(Verdict::Next);
+    if tables.may_be_snat(headers.destination.1)
+        && let Some(client) = tables.snat(&headers.way_back())
+    {
+        tables.count(Outcome::PacketSourceRestored);
+        if let Some(entry) = tables.flow(&client)
+            && entry.flow().flags & Flow::OWN_NODE != 0
+        {
+            return own_node_reply(packet, tables, headers, &client, &entry);
         }
+        rewrite(packet, headers, Side::Destination, (client.client, client.port))?;
+        return Some(Verdict::Next);
     }
     if !tables.may_be_vip(&headers.destination.0) {
         return Some(unassigned(tables, &headers.destination.0));
@@ -95,9 +86,8 @@ pub(super) fn begins(headers: &Headers) -> bool {
 /// The flow of this client port to what the packet is for.
 #[inline(always)]
 pub(super) fn find_dialled<T: PacketTables>(tables: &T, headers: &Headers) -> Option<(FlowKey, T::Entry)> {
-    let key = FlowKey::new(headers.source.0, headers.source.1, headers.protocol);
     let vip = headers.destination;
-    find(tables, &key, |flow| flow.vip == vip.0 && flow.vip_port == vip.1)
+    find(tables, &headers.of_source(), |flow| flow.vip == vip.0 && flow.vip_port == vip.1)
 }
 
 /// The flow that stays although nobody serves it.
@@ -118,8 +108,7 @@ pub(super) fn remember<T: PacketTables>(
         tables.count(Outcome::PacketForwarded);
         return Some((key, entry));
     }
-    let key = FlowKey::new(headers.source.0, headers.source.1, headers.protocol);
-    let stored = store(tables, &key, flow);
+    let stored = store(tables, &headers.of_source(), flow);
     if stored.is_none() {
         tables.count(Outcome::PacketNoRoom);
     } else {

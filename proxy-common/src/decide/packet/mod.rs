@@ -21,6 +21,7 @@ pub use egress::{egress, replace_source};
 pub use headers::{Headers, L2_BYTES, parse};
 pub use icmp::{icmp_egress, icmp_ingress};
 pub use ingress::{Decision, begin, decide, ingress, stay};
+pub use nat::address_to;
 pub use own_node::{begin_own, leave_own, own_node, stay_own};
 pub use refuse::refuse;
 
@@ -55,20 +56,11 @@ pub trait Packet {
     fn store32(&mut self, at: u32, value: u32) -> Option<()>;
     /// Changes the transport checksum at `at` by a ones'-complement difference. In UDP, where `zero_is_none`, a checksum
     /// of zero says that there is none.
-    fn fix_checksum(
-        &mut self,
-        at: u32,
-        difference: u32,
-        covers: Covers,
-        zero_is_none: bool,
-        v6: bool,
-    ) -> Option<()>;
+    fn fix_checksum(&mut self, at: u32, difference: u32, covers: Covers, zero_is_none: bool) -> Option<()>;
     /// Cuts the frame, or fills it up with zeros, to this many bytes.
     fn resize(&mut self, bytes: u32) -> Option<()>;
     /// Makes room between the Ethernet header and what follows it.
     fn insert_after_l2(&mut self, bytes: u32) -> Option<()>;
-    /// Whole length.
-    fn length(&self) -> u32;
 }
 
 /// A flow in its table.

@@ -19,17 +19,16 @@ pub(super) fn rewrite(packet: &mut impl Packet, headers: &Headers, side: Side, t
         Side::Source => headers.source,
         Side::Destination => headers.destination,
     };
-    // All of it or nothing: a packet that is cut off before its checksum stays as it is.
-    if !headers.later_fragment
-        && let Some(protocol) = headers.transport()
-        && let Some(at) = checksum_at(protocol, headers.l4)
-    {
+    if headers.later_fragment {
+        return store_address(packet, L2_BYTES, headers.v6, side, old.0, to.0).map(|_| ());
+    }
+    let protocol = headers.transport()?;
+    let checksum = checksum_at(protocol, headers.l4);
+    if let Some(at) = checksum {
+        // All of it or nothing: a packet that is cut off before its checksum stays as it is.
         packet.load16(at)?;
     }
     let moved = store_address(packet, L2_BYTES, headers.v6, side, old.0, to.0)?;
-    if headers.later_fragment {
-        return Some(());
-    }
     let mut ports = 0;
     if old.1 != to.1 {
         let at = match side {
@@ -39,14 +38,20 @@ pub(super) fn rewrite(packet: &mut impl Packet, headers: &Headers, side: Side, t
         packet.store16(at, to.1.raw())?;
         ports = replaced(0, old.1.raw() as u32, to.1.raw() as u32);
     }
-    let Some(protocol) = headers.transport() else { return Some(()) };
-    let Some(at) = checksum_at(protocol, headers.l4) else { return Some(()) };
+    let Some(at) = checksum else { return Some(()) };
     let udp = matches!(protocol, Protocol::Udp);
-    packet.fix_checksum(at, moved, Covers::PseudoHeader, udp, headers.v6)?;
+    packet.fix_checksum(at, moved, Covers::PseudoHeader, udp)?;
     if ports != 0 {
-        packet.fix_checksum(at, ports, Covers::Content, udp, headers.v6)?;
+        packet.fix_checksum(at, ports, Covers::Content, udp)?;
     }
     Some(())
+}
+
+/// Sends the frame to a link address. A device takes in only what is addressed to it.
+#[inline(always)]
+pub fn address_to(packet: &mut impl Packet, mac: [u8; 6]) -> Option<()> {
+    packet.store16(0, u16::from_ne_bytes([mac[0], mac[1]]))?;
+    packet.store32(2, u32::from_ne_bytes([mac[2], mac[3], mac[4], mac[5]]))
 }
 
 /// Where the checksum lies that covers addresses and ports. SCTP's covers no address, and its ports stay (T2).

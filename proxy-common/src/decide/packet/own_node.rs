@@ -5,7 +5,7 @@
 
 use super::egress::{answered, claim, source_by};
 use super::ingress::{begins, find_dialled, find_staying, follow, is_over, other, remember};
-use super::nat::{Side, rewrite};
+use super::nat::{Side, address_to, rewrite};
 use super::{FlowEntry, Headers, Packet, PacketTables, Route, Verdict};
 use crate::abi::{Device, Flow, FlowKey, Outcome, Port};
 
@@ -43,11 +43,10 @@ pub fn stay_own(tables: &impl PacketTables, headers: &Headers, otherwise: Verdic
 pub fn leave_own(packet: &mut impl Packet, tables: &impl PacketTables, headers: &Headers) -> Option<Verdict> {
     let Some((key, entry)) = find_dialled(tables, headers) else { return Some(Verdict::Drop) };
     let backend = (entry.flow().backend, entry.flow().backend_port);
-    let here = tables.device();
     let (snat, verdict) = match tables.route(&backend.0, headers.v6) {
         Route::Device(device) => (source_by(tables.other_device(device), headers.v6), Verdict::Leave(device)),
         Route::Local => {
-            if let Some(here) = here
+            if let Some(here) = tables.device()
                 && here.flags & Device::LOOPBACK != 0
             {
                 // It comes in again just so, and the reply passes here.
@@ -75,20 +74,10 @@ pub fn leave_own(packet: &mut impl Packet, tables: &impl PacketTables, headers: 
     rewrite(packet, headers, Side::Source, source)?;
     rewrite(packet, headers, Side::Destination, backend)?;
     if let Verdict::ComeIn(_) = verdict {
-        address_to(packet, here)?;
+        // Asked once more: kept until here, the verifier takes what is not there for a value that was never written.
+        address_to(packet, tables.device()?.mac)?;
     }
     Some(verdict)
-}
-
-/// A device takes only what is addressed to it.
-#[inline(always)]
-fn address_to(packet: &mut impl Packet, device: Option<Device>) -> Option<()> {
-    let mac = match device {
-        Some(device) => device.mac,
-        None => return None,
-    };
-    packet.store16(0, u16::from_ne_bytes([mac[0], mac[1]]))?;
-    packet.store32(2, u32::from_ne_bytes([mac[2], mac[3], mac[4], mac[5]]))
 }
 
 /// What a backend sends back to such a process.
@@ -105,6 +94,6 @@ pub(super) fn own_node_reply<T: PacketTables>(
     answered(tables, headers, client, entry);
     rewrite(packet, headers, Side::Destination, (client.client, client.port))?;
     rewrite(packet, headers, Side::Source, vip)?;
-    address_to(packet, tables.other_device(index))?;
+    address_to(packet, tables.other_device(index)?.mac)?;
     Some(Verdict::ComeIn(index))
 }

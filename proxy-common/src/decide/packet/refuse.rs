@@ -104,11 +104,11 @@ fn reset(packet: &mut impl Packet, headers: &Headers) -> Option<()> {
     content = replaced(content, old_flags, flags_word);
     content = replaced(content, old_urgent as u32, 0);
     ip_header(packet, headers, TCP_BYTES, Protocol::Tcp.number())?;
-    if payload == 0 || is_unfinished(packet, l4 + 16, headers.v6)? {
+    if payload == 0 || is_unfinished(packet, l4 + 16)? {
         // By difference: the checksum may be one that a device is still to finish.
-        packet.fix_checksum(l4 + 16, content, Covers::Content, false, headers.v6)?;
+        packet.fix_checksum(l4 + 16, content, Covers::Content, false)?;
         let shorter = replaced(0, word(total), word(TCP_BYTES));
-        packet.fix_checksum(l4 + 16, shorter, Covers::PseudoHeader, false, headers.v6)?;
+        packet.fix_checksum(l4 + 16, shorter, Covers::PseudoHeader, false)?;
     } else {
         packet.store16(l4 + 16, 0)?;
         let mut sum = pseudo_header(headers, TCP_BYTES, Protocol::Tcp.number());
@@ -123,12 +123,12 @@ fn reset(packet: &mut impl Packet, headers: &Headers) -> Option<()> {
 /// Whether a device is still to finish the checksum at `at`: it holds the sum of the pseudo header, so it does not follow
 /// a change of the content. The kernel does not say so otherwise.
 #[inline(always)]
-fn is_unfinished(packet: &mut impl Packet, at: u32, v6: bool) -> Option<bool> {
+fn is_unfinished(packet: &mut impl Packet, at: u32) -> Option<bool> {
     let checksum = packet.load16(at)?;
     if checksum == 0 {
         return Some(false);
     }
-    packet.fix_checksum(at, 1, Covers::Content, false, v6)?;
+    packet.fix_checksum(at, 1, Covers::Content, false)?;
     let follows = packet.load16(at)? != checksum;
     packet.store16(at, checksum)?;
     Some(!follows)
@@ -137,7 +137,7 @@ fn is_unfinished(packet: &mut impl Packet, at: u32, v6: bool) -> Option<bool> {
 /// What finishing the UDP checksum in the quote will change of the message that quotes it.
 #[inline(always)]
 fn quote_to_finish(packet: &mut impl Packet, headers: &Headers) -> Option<u32> {
-    if headers.protocol != Protocol::Udp.number() || !is_unfinished(packet, headers.l4 + 6, headers.v6)? {
+    if headers.protocol != Protocol::Udp.number() || !is_unfinished(packet, headers.l4 + 6)? {
         return Some(0);
     }
     let mut finished = !fold(add(packet.load32(headers.l4)?, packet.load32(headers.l4 + 4)?));
