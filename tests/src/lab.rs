@@ -242,14 +242,7 @@ impl Lab {
         let ground = Ground::new()?;
         let manifests = Manifests::new(ground.directory.join("manifests"))?;
 
-        let router = Netns::new()?;
-        // Not even an error comes back for what it does not know.
-        router.ip("link add br0 type bridge stp_state 0 mcast_snooping 0\n\
-             address add 172.18.0.1/24 dev br0\n\
-             address add fd00:172:18::1/64 dev br0 nodad\n\
-             link set br0 up\n\
-             route add blackhole default\n\
-             route add blackhole ::/0\n")?;
+        let router = router()?;
         let outside = uplink(&router, "outside", 254, ground.cgroup.join("outside"))?;
 
         let mut lab = Self { router, outside, nodes: Vec::new(), manifests, ground };
@@ -378,12 +371,35 @@ impl Lab {
     }
 }
 
-/// A namespace with one device on the nodes' network.
-fn uplink(router: &Netns, name: &str, host_part: u8, cgroup: PathBuf) -> Result<Place> {
+/// The middle of a lab's network, which leads nowhere else.
+pub(crate) fn router() -> Result<Netns> {
+    let router = Netns::new()?;
+    // Not even an error comes back for what it does not know.
+    router.ip("link add br0 type bridge stp_state 0 mcast_snooping 0\n\
+         address add 172.18.0.1/24 dev br0\n\
+         address add fd00:172:18::1/64 dev br0 nodad\n\
+         link set br0 up\n\
+         route add blackhole default\n\
+         route add blackhole ::/0\n")?;
+    Ok(router)
+}
+
+/// A namespace and a cgroup, with one device on the nodes' network.
+pub(crate) fn uplink(router: &Netns, name: &str, host_part: u8, cgroup: PathBuf) -> Result<Place> {
     cgroup::create(&cgroup)?;
+    attach(router, name, host_part, Netns::new()?, cgroup)
+}
+
+/// Puts a namespace that is there on the nodes' network.
+pub(crate) fn attach(
+    router: &Netns,
+    name: &str,
+    host_part: u8,
+    netns: Netns,
+    cgroup: PathBuf,
+) -> Result<Place> {
     let v4 = Ipv4Addr::new(172, 18, 0, host_part);
     let v6: Ipv6Addr = format!("fd00:172:18::{host_part}").parse().context("an IPv6 address of a node")?;
-    let netns = Netns::new()?;
     router.ip(&format!(
         "link add {name} type veth peer name eth0 netns {path}\nlink set {name} master br0 up\n",
         path = netns.path().display(),

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::{Attachment, Between, EXTERNAL_CIDR, Guard, Layout, PODS, SERVICE_CIDR, World, nft};
 use crate::{
     cgroup,
-    lab::{Ground, Node, Place},
+    lab::{self, Ground, Node, Place},
     manifests::Manifests,
     netns::Netns,
 };
@@ -26,19 +26,12 @@ pub(super) fn world(layout: Layout) -> Result<World> {
     let unhooked = ground.cgroup.join("unhooked");
     cgroup::create(&unhooked)?;
 
-    let router = Netns::new()?;
+    let router = lab::router()?;
     router.sysctls(&[
         ("net/bridge/bridge-nf-call-iptables", "0"),
         ("net/bridge/bridge-nf-call-ip6tables", "0"),
     ])?;
-    // Not even an error comes back for what it does not know.
-    router.ip("link add br0 type bridge stp_state 0 mcast_snooping 0\n\
-         address add 172.18.0.1/24 dev br0\n\
-         address add fd00:172:18::1/64 dev br0 nodad\n\
-         link set br0 up\n\
-         route add blackhole default\n\
-         route add blackhole ::/0\n")?;
-    let outside = on_the_wire(&router, "outside", 254, &ground)?;
+    let outside = lab::uplink(&router, "outside", 254, ground.cgroup.join("outside"))?;
     is_no_router(outside.netns())?;
     let (transit, far) = behind_routers(&router, &ground)?;
 
@@ -79,44 +72,6 @@ pub(super) fn world(layout: Layout) -> Result<World> {
         }
     }
     Ok(world)
-}
-
-/// A namespace with one device on the nodes' network.
-fn on_the_wire(router: &Netns, name: &str, host_part: u8, ground: &Ground) -> Result<Place> {
-    let cgroup = ground.cgroup.join(name);
-    cgroup::create(&cgroup)?;
-    let netns = Netns::new()?;
-    attach(router, name, host_part, netns, cgroup, name)
-}
-
-fn attach(
-    router: &Netns,
-    device: &str,
-    host_part: u8,
-    netns: Netns,
-    cgroup: std::path::PathBuf,
-    name: &str,
-) -> Result<Place> {
-    let v4 = format!("172.18.0.{host_part}");
-    let v6 = format!("fd00:172:18::{host_part}");
-    router.ip(&format!(
-        "link add {device} type veth peer name eth0 netns {path}\nlink set {device} master br0 up\n",
-        path = netns.path().display(),
-    ))?;
-    netns.ip(&format!(
-        "address add {v4}/24 dev eth0\n\
-         address add {v6}/64 dev eth0 nodad\n\
-         link set eth0 up\n\
-         route add default via 172.18.0.1\n\
-         route add ::/0 via fd00:172:18::1\n",
-    ))?;
-    Ok(Place::new(
-        name,
-        netns,
-        cgroup,
-        v4.parse().context("an IPv4 address")?,
-        v6.parse().context("an IPv6 address")?,
-    ))
 }
 
 /// Hosts do not forward; so they follow redirects, and so on.
@@ -176,7 +131,7 @@ fn node(index: u8, layout: &Layout, router: &Netns, ground: &Ground) -> Result<N
         ("net/bridge/bridge-nf-call-iptables", &bridged),
         ("net/bridge/bridge-nf-call-ip6tables", &bridged),
     ])?;
-    let host = attach(router, &name, index + 1, netns, cgroup.join("host"), &name)?;
+    let host = lab::attach(router, &name, index + 1, netns, cgroup.join("host"))?;
     // A pod that is gone is silent.
     host.netns().ip(&format!(
         "route add blackhole 10.244.{index}.0/24\n\

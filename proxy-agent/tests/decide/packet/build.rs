@@ -74,6 +74,20 @@ pub(crate) fn build(carries: Carries, from: SocketAddr, to: SocketAddr) -> Build
     }
 }
 
+/// The transport checksum between two addresses of one family.
+fn checksum<E: std::fmt::Debug>(
+    ips: (IpAddr, IpAddr),
+    v4: impl FnOnce([u8; 4], [u8; 4]) -> Result<u16, E>,
+    v6: impl FnOnce([u8; 16], [u8; 16]) -> Result<u16, E>,
+) -> u16 {
+    match ips {
+        (IpAddr::V4(from), IpAddr::V4(to)) => v4(from.octets(), to.octets()),
+        (IpAddr::V6(from), IpAddr::V6(to)) => v6(from.octets(), to.octets()),
+        mixed => panic!("{mixed:?}"),
+    }
+    .unwrap()
+}
+
 fn pseudo_header(from: IpAddr, to: IpAddr, protocol: u8, bytes: usize) -> Vec<u8> {
     let octets = |ip| match ip {
         IpAddr::V4(v4) => v4.octets().to_vec(),
@@ -118,32 +132,22 @@ impl Build {
                 (header.rst, header.ack) = (flags & RST != 0, flags & ACK != 0);
                 header.acknowledgment_number = *acknowledged;
                 header.set_options_raw(options).unwrap();
-                header.checksum = match ips {
-                    (IpAddr::V4(from), IpAddr::V4(to)) => {
-                        header.calc_checksum_ipv4_raw(from.octets(), to.octets(), payload)
-                    }
-                    (IpAddr::V6(from), IpAddr::V6(to)) => {
-                        header.calc_checksum_ipv6_raw(from.octets(), to.octets(), payload)
-                    }
-                    mixed => panic!("{mixed:?}"),
-                }
-                .unwrap();
+                header.checksum = checksum(
+                    ips,
+                    |from, to| header.calc_checksum_ipv4_raw(from, to, payload),
+                    |from, to| header.calc_checksum_ipv6_raw(from, to, payload),
+                );
                 header.to_bytes().to_vec()
             }
             Carries::Udp | Carries::UdpWithout => {
                 let length = u16::try_from(8 + payload.len()).unwrap();
                 let mut header = UdpHeader { source_port: from, destination_port: to, length, checksum: 0 };
                 if self.carries == Carries::Udp {
-                    header.checksum = match ips {
-                        (IpAddr::V4(from), IpAddr::V4(to)) => {
-                            header.calc_checksum_ipv4_raw(from.octets(), to.octets(), payload)
-                        }
-                        (IpAddr::V6(from), IpAddr::V6(to)) => {
-                            header.calc_checksum_ipv6_raw(from.octets(), to.octets(), payload)
-                        }
-                        mixed => panic!("{mixed:?}"),
-                    }
-                    .unwrap();
+                    header.checksum = checksum(
+                        ips,
+                        |from, to| header.calc_checksum_ipv4_raw(from, to, payload),
+                        |from, to| header.calc_checksum_ipv6_raw(from, to, payload),
+                    );
                 }
                 header.to_bytes().to_vec()
             }
