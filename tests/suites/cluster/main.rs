@@ -8,7 +8,6 @@ mod outages;
 mod policy;
 mod rights;
 mod rolling;
-mod scale;
 mod slices;
 
 use std::time::Duration;

@@ -124,19 +124,29 @@ fn flips(world: &World, effort: &Effort, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
+/// What a process has in memory.
+pub(crate) fn process_memory(
+    id: &str,
+    who: &str,
+    pid: u32,
+    services: u32,
+    report: &mut Report,
+) -> Result<()> {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    for (text, field, name) in
+        [(&rollup, "Rss:", "RSS"), (&rollup, "Pss:", "PSS"), (&status, "VmHWM:", "RSS at its highest")]
+    {
+        report.fact(Fact::bytes(id, &format!("{who}: {name}"), services, field_of(text, field)? * 1024));
+    }
+    Ok(())
+}
+
 /// A4 and A5.
 fn memory(world: &World, report: &mut Report) -> Result<()> {
     let pid = world.agent()?.pid();
     let services = world.scale.services;
-    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    for (text, field, name) in [
-        (&rollup, "Rss:", "agent RSS"),
-        (&rollup, "Pss:", "agent PSS"),
-        (&status, "VmHWM:", "agent RSS at its highest"),
-    ] {
-        report.fact(Fact::bytes("a4", name, services, field_of(text, field)? * 1024));
-    }
+    process_memory("a4", "agent", pid, services, report)?;
     let mut maps = BTreeMap::new();
     for file in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
         // A descriptor that closed meanwhile is none of ours.

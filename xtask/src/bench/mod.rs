@@ -4,6 +4,7 @@
 //! are ratios of a round's values to those of the direct arm of the same round; the direct arm is measured twice, and a
 //! metric whose two direct arms differ beyond [`NOISE_MAX`] is void.
 
+mod api;
 mod control;
 mod data;
 mod plot;
@@ -49,7 +50,8 @@ pub(crate) struct Options {
     /// Only shows that everything works: short, and void as a measurement
     #[arg(long, conflicts_with = "full")]
     smoke: bool,
-    /// Metrics: p1 p2 p3 p4 p5 a1 a2 a4 a6 (a4 has a5, p1 has p7 and p12); without, all
+    /// Metrics: p1 p2 p3 p4 p5 a1 a2 a4 a6 (a4 has a5, p1 has p7 and p12); without, all of these. Only when named: api,
+    /// an agent beside a real API server, which takes ten minutes at 10,000 Services
     ids: Vec<String>,
 }
 
@@ -81,6 +83,11 @@ impl Options {
         Effort { sizes: vec![1, 10_000], rounds: 16, slice: ms(200), flips: 300, starts: 3 }
     }
 
+    /// Whether a real API server is needed.
+    pub(crate) fn wants_api_server(&self) -> bool {
+        self.ids.iter().any(|wanted| wanted.eq_ignore_ascii_case(api::ID))
+    }
+
     pub(crate) fn wants(&self, id: &str) -> bool {
         self.ids.is_empty() || self.ids.iter().any(|wanted| wanted.eq_ignore_ascii_case(id))
     }
@@ -100,7 +107,7 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<()> {
         return Err(error).context("starting the benchmark");
     }
     for id in &options.ids {
-        let known = ["p1", "p2", "p3", "p4", "p5", "a1", "a2", "a4", "a6"];
+        let known = ["p1", "p2", "p3", "p4", "p5", "a1", "a2", "a4", "a6", api::ID];
         if !known.contains(&id.to_lowercase().as_str()) {
             bail!("no metric {id}: {}", known.join(" "));
         }
@@ -135,6 +142,9 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<()> {
         }
         // What there is so far is kept if a larger size fails.
         report.write()?;
+    }
+    if options.wants_api_server() {
+        api::measure(&effort, &mut report)?;
     }
     report.growth();
     report.write()?;
