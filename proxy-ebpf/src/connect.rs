@@ -24,8 +24,7 @@ pub(crate) fn run<F: Family>(ctx: &SockAddrContext) -> i32 {
     let vip = peer::<F>(ctx);
     match decide::connect(&Maps, &|| client(ctx), vip, protocol) {
         Connect::Untouched => leave(ctx, Outcome::ConnectUntouched),
-        Connect::Forward { id, backend } => {
-            let to = (backend.address, backend.port);
+        Connect::Forward { id, to } => {
             set_peer::<F>(ctx, to);
             remember_origin(ctx, SocketOrigin::new(vip, id, to));
             count(Outcome::ConnectForwarded);

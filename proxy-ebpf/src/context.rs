@@ -9,11 +9,11 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use proxy_common::{
-    abi::{Address, ClientKey, Origin, Port, SocketOrigin},
+    abi::{Address, ClientKey, Origin, Port, SocketOrigin, SocketPlace},
     decide::{Client, Peer},
 };
 
-use crate::maps::SOCKET_ORIGIN;
+use crate::maps::{SOCKET_ORIGIN, SOCKET_PLACES};
 
 /// Return code of every sock_addr program: the call goes on.
 pub(crate) const ALLOW: i32 = 1;
@@ -140,6 +140,16 @@ pub(crate) fn cookie(ctx: &SockAddrContext) -> u64 {
 /// What the socket dialled, if it went through a VIP.
 #[inline(always)]
 pub(crate) fn origin(ctx: &SockAddrContext) -> Option<SocketOrigin> {
+    let cookie = cookie(ctx);
+    let place = place(cookie)?;
+    // SAFETY: in bounds, for ever. Another socket may be taking it; the seal tells.
+    let found = unsafe { *place };
+    if let Some(origin) = found.origin_of(cookie) {
+        return Some(*origin);
+    }
+    if found.overflowed == 0 {
+        return None;
+    }
     // SAFETY: the context's socket is valid while the program runs.
     let stored = unsafe { SOCKET_ORIGIN.get_ptr_mut(ctx) };
     if stored.is_null() {
@@ -152,6 +162,17 @@ pub(crate) fn origin(ctx: &SockAddrContext) -> Option<SocketOrigin> {
 /// Remembers what the socket dialled. Without memory for it, the peer is shown as it is.
 #[inline(always)]
 pub(crate) fn remember_origin(ctx: &SockAddrContext, mut origin: SocketOrigin) {
+    let cookie = cookie(ctx);
+    let Some(place) = place(cookie) else { return };
+    // SAFETY: in bounds, for ever.
+    let (owner, overflowed) = unsafe { ((*place).cookie, (*place).overflowed) };
+    if owner == 0 || owner == cookie {
+        // SAFETY: as above. Another socket may be doing the same; the seal then is neither's.
+        unsafe { *place = SocketPlace::new(cookie, origin, overflowed) };
+        return;
+    }
+    // SAFETY: as above.
+    unsafe { (*place).overflowed = 1 };
     // SAFETY: the context's socket is valid while the program runs.
     let stored = unsafe { SOCKET_ORIGIN.get_or_insert_ptr_mut(ctx, Some(&mut origin)) };
     if !stored.is_null() {
@@ -163,12 +184,33 @@ pub(crate) fn remember_origin(ctx: &SockAddrContext, mut origin: SocketOrigin) {
 /// Forgets it: the socket now talks to somebody else.
 #[inline(always)]
 pub(crate) fn forget_origin(ctx: &SockAddrContext) {
-    // SAFETY: the context's socket is valid while the program runs.
-    let stored = unsafe { SOCKET_ORIGIN.get_ptr_mut(ctx) };
-    if !stored.is_null() {
-        // SAFETY: reads a pointer from the context.
-        let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
-        // SAFETY: the socket is valid while the program runs. Failing means that nothing was stored.
-        let _ = unsafe { SOCKET_ORIGIN.delete(sk) };
+    let Some(overflowed) = leave_place(cookie(ctx)) else { return };
+    if overflowed {
+        // SAFETY: the context's socket is valid while the program runs.
+        let stored = unsafe { SOCKET_ORIGIN.get_ptr_mut(ctx) };
+        if !stored.is_null() {
+            // SAFETY: reads a pointer from the context.
+            let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
+            // SAFETY: the socket is valid while the program runs. Failing means that nothing was stored.
+            let _ = unsafe { SOCKET_ORIGIN.delete(sk) };
+        }
     }
+}
+
+/// Frees the place of a socket, if it has one. Returns whether it may have storage instead.
+#[inline(always)]
+pub(crate) fn leave_place(cookie: u64) -> Option<bool> {
+    let place = place(cookie)?;
+    // SAFETY: in bounds, for ever.
+    let (owner, overflowed) = unsafe { ((*place).cookie, (*place).overflowed) };
+    if owner == cookie {
+        // SAFETY: as above; nobody else takes it while it bears this cookie.
+        unsafe { (*place).cookie = 0 };
+    }
+    Some(overflowed != 0)
+}
+
+#[inline(always)]
+fn place(cookie: u64) -> Option<*mut SocketPlace> {
+    SOCKET_PLACES.get_ptr_mut(SocketPlace::index(cookie))
 }

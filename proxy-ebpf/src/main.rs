@@ -12,11 +12,12 @@ mod getpeername;
 mod maps;
 mod packet;
 mod recvmsg;
+mod release;
 mod sendmsg;
 
 use aya_ebpf::{
-    macros::{cgroup_sock_addr, classifier},
-    programs::{SockAddrContext, TcContext},
+    macros::{cgroup_sock, cgroup_sock_addr, classifier},
+    programs::{SockAddrContext, SockContext, TcContext},
 };
 use context::{V4, V6};
 
@@ -66,6 +67,12 @@ pub fn sock_getpeer4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(getpeername6)]
 pub fn sock_getpeer6(ctx: SockAddrContext) -> i32 {
     getpeername::run::<V6>(&ctx)
+}
+
+/// The last `close()` of a TCP or UDP socket.
+#[cgroup_sock(sock_release)]
+pub fn sock_release(ctx: SockContext) -> i32 {
+    release::run(&ctx)
 }
 
 /// Packets that come in by a device of the node: what is for a VIP goes to a backend, and replies find their client.

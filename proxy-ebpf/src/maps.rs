@@ -2,6 +2,8 @@
 //!
 //! Sizes are defaults; the agent overrides them at load time.
 
+use core::hint::black_box;
+
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
     btf_maps::SkStorage,
@@ -11,20 +13,20 @@ use aya_ebpf::{
 };
 use proxy_common::{
     abi::{
-        Address, AffinityEntry, AffinityKey, AffinityWord, Backend, BackendId, DatagramFlow, DatagramKey,
-        DatagramOrigin, Device, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey, FrontendValue,
-        Outcome, PacketSettings, ServiceId, ServiceRecord, SetWord, SnatKey, SocketOrigin, SourceRange,
-        WhichSet,
+        Address, AffinityEntry, AffinityKey, Backend, DatagramFlow, DatagramKey, DatagramOrigin, Device,
+        Flow, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, FrontendLine, Outcome,
+        PacketSettings, Port, ServiceId, ServiceRecord, SetWord, Slot, SnatKey, SocketOrigin, SocketPlace,
+        SourceRange,
+        line::Header,
         packet::{FLOW_PLACES, SNAT_PLACES, VIP_PLACES},
+        socket,
     },
     decide::{Tables, packet::Headers},
 };
 
-/// Writer: the agent. Not preallocated: it costs memory for what is there. From kernel 6.1 on its elements are reused
-/// without waiting for readers, as with preallocation: a removed frontend's place may show another one's value to a
-/// program that is just reading it.
+/// Writer: the agent, through memory.
 #[map]
-static FRONTENDS: HashMap<FrontendKey, FrontendValue> = HashMap::with_max_entries(1 << 14, BPF_F_NO_PREALLOC);
+static FRONTENDS: Array<FrontendLine> = Array::with_max_entries((1 << 15) + 1, BPF_F_MMAPABLE);
 
 /// Writer: the agent, through memory.
 #[map]
@@ -32,7 +34,7 @@ static SERVICES: Array<ServiceRecord> = Array::with_max_entries(1 << 14, BPF_F_M
 
 /// Writer: the agent, through memory.
 #[map]
-static SLOTS: Array<BackendId> = Array::with_max_entries(1 << 16, BPF_F_MMAPABLE);
+static SLOTS: Array<Slot> = Array::with_max_entries(1 << 16, BPF_F_MMAPABLE);
 
 /// Writer: the agent, through memory.
 #[map]
@@ -49,6 +51,10 @@ static DATAGRAM_FLOWS: LruHashMap<DatagramKey, DatagramFlow> = LruHashMap::with_
 /// Writer: the programs.
 #[map]
 static DATAGRAM_ORIGIN: LruHashMap<DatagramKey, DatagramOrigin> = LruHashMap::with_max_entries(1 << 16, 0);
+
+/// Writer: the programs.
+#[map]
+pub(crate) static SOCKET_PLACES: Array<SocketPlace> = Array::with_max_entries(socket::SOCKET_PLACES, 0);
 
 /// Writer: the programs.
 #[btf_map]
@@ -137,41 +143,63 @@ pub(crate) fn count(outcome: Outcome) {
     }
 }
 
+/// The search in [`FRONTENDS`], a function that the verifier walks once instead of once for each way out of the loop. It
+/// takes numbers: before 5.12 such a function takes no pointers.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn frontend_place(upper: u64, lower: u64, port: u32, protocol: u32) -> u32 {
+    let address =
+        Address::from_words([upper as u32, (upper >> 32) as u32, lower as u32, (lower >> 32) as u32]);
+    let key = FrontendKey::new(address, Port::from_raw(port as u16), protocol as u8);
+    let Some(first) = FRONTENDS.get_ptr(0) else { return 0 };
+    // SAFETY: in bounds; the agent writes the header before the first frontend, and never again.
+    let header = unsafe { *first.cast::<Header>() };
+    // SAFETY: in bounds, for ever.
+    unsafe { FrontendLine::find(&key, &header, |place| FRONTENDS.get_ptr(place)) }
+}
+
+/// A service record, for whoever finds no copy of it in a frontend's line.
+#[inline(always)]
+fn record(service: ServiceId) -> ServiceRecord {
+    let Some(record) = SERVICES.get_ptr(service) else { return ServiceRecord::EMPTY };
+    // SAFETY: in bounds; the agent stores whole words while we read, so each load must be one load.
+    unsafe {
+        ServiceRecord {
+            cluster: (&raw const (*record).cluster).read_volatile(),
+            local: (&raw const (*record).local).read_volatile(),
+            draining: SetWord::ABSENT,
+            affinity: (&raw const (*record).affinity).read_volatile(),
+        }
+    }
+}
+
 /// The maps as the decision core sees them.
 pub(crate) struct Maps;
 
 impl Tables for Maps {
     #[inline(always)]
-    fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
-        let value = FRONTENDS.get_ptr(key)?;
-        // SAFETY: the value stays readable until the program ends (RCU); it is one aligned 8-byte word.
-        Some(unsafe { *value })
-    }
-
-    #[inline(always)]
-    fn set(&self, service: ServiceId, which: WhichSet) -> SetWord {
-        let Some(record) = SERVICES.get_ptr(service) else { return SetWord::ABSENT };
-        // SAFETY: in bounds; the agent stores whole words while we read, so the load must be one load.
-        unsafe {
-            match which {
-                WhichSet::Cluster => (&raw const (*record).cluster).read_volatile(),
-                WhichSet::Local => (&raw const (*record).local).read_volatile(),
-            }
+    fn frontend(&self, key: &FrontendKey) -> Frontend {
+        let [a, b, c, d] = key.address().words();
+        let (upper, lower) = (a as u64 | (b as u64) << 32, c as u64 | (d as u64) << 32);
+        let place = frontend_place(upper, lower, key.port().raw() as u32, key.protocol() as u32);
+        let mut found = Frontend::NONE;
+        if place != 0
+            && let Some(at) = FRONTENDS.get_ptr(place)
+        {
+            // SAFETY: in bounds, for ever.
+            found = unsafe { FrontendLine::read(at, key, record) };
         }
+        // What the compiler knows to be none, it gives no sets: the verifier refuses to read those.
+        found.value = black_box(found.value);
+        found
     }
 
     #[inline(always)]
-    fn affinity(&self, service: ServiceId) -> AffinityWord {
-        let Some(record) = SERVICES.get_ptr(service) else { return AffinityWord::new(0, 0) };
-        // SAFETY: as above.
-        unsafe { (&raw const (*record).affinity).read_volatile() }
-    }
-
-    #[inline(always)]
-    fn slot(&self, index: u32) -> Option<BackendId> {
+    fn slot(&self, index: u32) -> Option<Slot> {
         let slot = SLOTS.get_ptr(index)?;
-        // SAFETY: in bounds, one aligned word.
-        Some(unsafe { slot.read_volatile() })
+        // SAFETY: in bounds. The agent writes only where no set has pointed for a while; a slot's seal tells a reader that
+        // comes so late.
+        Some(unsafe { *slot })
     }
 
     #[inline(always)]

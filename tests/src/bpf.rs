@@ -21,8 +21,8 @@ const MAP_GET_FD_BY_ID: libc::c_int = 14;
 const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const PROG_QUERY: libc::c_int = 16;
 
-/// Attach types: connect, sendmsg, recvmsg and getpeername, each for IPv4 and IPv6.
-const HOOKS: [u32; 8] = [10, 11, 14, 15, 19, 20, 29, 30];
+/// Attach types: connect, sendmsg, recvmsg and getpeername, each for IPv4 and IPv6, and release.
+const HOOKS: [u32; 9] = [10, 11, 14, 15, 19, 20, 29, 30, 34];
 
 /// More programs than anybody attaches to one hook.
 const PROGRAMS_MAX: u32 = 64;

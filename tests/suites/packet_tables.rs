@@ -3,16 +3,22 @@
 
 #![expect(clippy::unwrap_used, reason = "the helpers of tests fail as tests do")]
 
-use std::{collections::BTreeSet, net::IpAddr, thread, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Result, ensure};
 use aya::maps::{Array, Map, MapData, lpm_trie::LpmTrie};
 use proxy_agent::{
+    dataplane::{Dataplane, bpf::Kernel},
     kernel::{Pins, mapping::Mapping, programs::open_pinned, table::Table},
     packet::flows::now_ns,
 };
 use proxy_common::abi::{
-    Address, Flow, FlowKey, FrontendKey, FrontendValue, PacketSettings, Port, SnatKey, SourceRange,
+    Address, Flow, FlowKey, FrontendKey, PacketSettings, Port, SnatKey, SourceRange,
     packet::{VIP_PLACES, vip_place},
 };
 use serde_json::{Value, json};
@@ -213,9 +219,10 @@ fn ranges(scene: &Scene) -> BTreeSet<(u32, String, u32)> {
 }
 
 fn record(scene: &Scene, vip: &str, port: u16, protocol: u8) -> u32 {
-    let table: Table<FrontendKey, FrontendValue> = Table::open(&pins(scene).tables(0), "FRONTENDS").unwrap();
+    let kernel = Kernel::open(&pins(scene)).unwrap().unwrap();
     let key = FrontendKey::new(ip(vip).into(), Port::new(port), protocol);
-    table.get(&key).unwrap().unwrap().service()
+    let frontends: BTreeMap<_, _> = kernel.frontends().unwrap().into_iter().collect();
+    frontends[&key].service()
 }
 
 /// F2, F4, F5: what a LoadBalancer lets in, by record.

@@ -100,7 +100,7 @@ fn q2_a_restart_with_nothing_changed_writes_nothing() {
     let mut scene = scene();
     let before = frontends(&scene);
     let ids = bpf::programs_of(scene.node().unwrap().cgroup()).unwrap();
-    assert_eq!(ids.len(), 8);
+    assert_eq!(ids.len(), 9);
     for _ in 0..3 {
         scene.take_agent().unwrap().kill().unwrap();
         scene.start_agent().unwrap();
@@ -109,7 +109,7 @@ fn q2_a_restart_with_nothing_changed_writes_nothing() {
         assert_eq!(status["adopted_frontends"], json!(before.len()), "{status}");
         assert_eq!(frontends(&scene), before);
     }
-    assert_eq!(bpf::programs_of(scene.node().unwrap().cgroup()).unwrap().len(), 8);
+    assert_eq!(bpf::programs_of(scene.node().unwrap().cgroup()).unwrap().len(), 9);
     // And the count can count.
     scene.apply("web", &serving(&scene, "web", &[V4, V6], &[0])).unwrap();
     assert_ne!(scene.agent().unwrap().status().unwrap()["writes"], json!(0));
@@ -239,11 +239,11 @@ fn a_link_of_another_cgroup_is_replaced() {
         agent.wait_synced(STARTED_WITHIN).unwrap();
         let working = clients.each_ref().map(works);
         assert_eq!(working, expected, "{}", cgroup_root.display());
-        assert_eq!(bpf::programs_of(cgroup_root).unwrap().len(), 8);
+        assert_eq!(bpf::programs_of(cgroup_root).unwrap().len(), 9);
         agent.kill().unwrap();
         if cgroup_root == gone {
             cgroup::remove(&gone).unwrap();
-            let expected = "0 of 8 attached; 8 links are of a cgroup that is gone";
+            let expected = "0 of 9 attached; 9 links are of a cgroup that is gone";
             eventually("links of a cgroup that is gone do not count", || {
                 let text = String::from_utf8(sheave(node, &["status"])?.stdout)?;
                 anyhow::ensure!(text.contains(expected), "{text}");
@@ -336,7 +336,7 @@ fn cleanup_leaves_nothing() {
             fs::read_dir(directory).unwrap().map(|e| bpf::pinned_map_id(&e.unwrap().path()).unwrap()),
         );
     }
-    assert_eq!((programs.len(), maps.len()), (8, 22));
+    assert_eq!((programs.len(), maps.len()), (9, 23));
     assert!(maps.iter().all(|id| bpf::map_exists(*id).unwrap()));
     let client = scene.pod(2).unwrap().client().unwrap();
     let held = client.hold(vip(), 3).unwrap();
@@ -389,11 +389,11 @@ fn status_says_whether_an_agent_runs() {
     };
     let attached = |document: &Value| document["programs_attached"].as_object().unwrap().len();
     let (code, document, text) = ask(&scene);
-    assert_eq!((code, &document["agent"], attached(&document)), (Some(0), &json!("running"), 8), "{text}");
+    assert_eq!((code, &document["agent"], attached(&document)), (Some(0), &json!("running"), 9), "{text}");
     scene.take_agent().unwrap().kill().unwrap();
     let (code, document, text) = ask(&scene);
-    assert_eq!((code, &document["agent"], attached(&document)), (Some(1), &json!("not running"), 8));
-    assert!(text.contains("not running") && text.contains("8 of 8 attached"), "{text}");
+    assert_eq!((code, &document["agent"], attached(&document)), (Some(1), &json!("not running"), 9));
+    assert!(text.contains("not running") && text.contains("9 of 9 attached"), "{text}");
     // Who may not look is not told that there is nothing.
     for verb in [&["status"][..], &["plan"], &["get", "services"]] {
         let output = sheave_as_nobody(scene.node().unwrap(), verb).unwrap();

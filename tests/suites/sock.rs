@@ -7,12 +7,15 @@ use std::{
     time::{Duration, Instant},
 };
 
+use aya::maps::{Array, Map, MapData};
+use proxy_agent::kernel::{Pins, programs::open_pinned};
+use proxy_common::abi::{Address, BackendId, Port, SocketOrigin, SocketPlace, socket::SOCKET_PLACES};
 use sheave_tests::{
     client::Client,
     daemon::{Daemon, dns_question},
     lab::{Place, Shape},
     manifests::{Object, service},
-    protocol::{Dial, Transport},
+    protocol::{Dial, LoopSpec, Transport},
     scene::{ENOUGH, Scene, TARGET, TRANSPORTS, answers, at, fail, names, reach, slices, socket_kinds},
 };
 
@@ -271,7 +274,14 @@ fn b9_hairpin() {
     }
 }
 
-/// A socket is told about the destination it has now, not about one that it had.
+/// Where sockets of the node remember what they dialled.
+fn places(scene: &Scene) -> Array<MapData, SocketPlace> {
+    let pins = Pins::new(scene.node().unwrap().directory().join("bpffs"));
+    let map = Map::from_map_data(open_pinned(&pins.state(), "SOCKET_PLACES").unwrap()).unwrap();
+    map.try_into().unwrap()
+}
+
+/// A socket is told about the destination it has now, not about one that it had; whether it has a place or found it taken.
 #[test]
 fn a_socket_that_connects_again() {
     let mut scene = Scene::new(2).unwrap();
@@ -283,22 +293,63 @@ fn a_socket_that_connects_again() {
     let direct = SocketAddr::new(backend.v4().into(), TARGET);
     let own = SocketAddr::new(pod.v4().into(), TARGET);
     let vip = at(V4, 80).unwrap();
+    let mut places = places(&scene);
+    let overflowed = |places: &Array<MapData, SocketPlace>| {
+        places.iter().map(Result::unwrap).filter(|place| place.overflowed != 0).count()
+    };
+    for taken in [false, true] {
+        if taken {
+            let nowhere = (Address::default(), Port::new(0));
+            let origin = SocketOrigin::new(nowhere, BackendId::NONE, nowhere);
+            let place = SocketPlace::new(u64::MAX, origin, 0);
+            for index in 0..SOCKET_PLACES {
+                places.set(index, place, 0).unwrap();
+            }
+        }
+        // The backend's own address, right after the VIP led to it, is the hard case.
+        let dials = [vip, direct, own, vip].map(Dial::new);
+        let outcomes = client.chain(Transport::UdpConnected, &dials).unwrap();
+        let peers: Vec<_> = outcomes.into_iter().map(|outcome| outcome.unwrap().peer.unwrap()).collect();
+        assert_eq!(peers, [vip, direct, own, vip], "taken: {taken}");
 
-    // The backend's own address, right after the VIP led to it, is the hard case.
-    let dials = [vip, direct, own, vip].map(Dial::new);
-    let outcomes = client.chain(Transport::UdpConnected, &dials).unwrap();
-    let peers: Vec<_> = outcomes.into_iter().map(|outcome| outcome.unwrap().peer.unwrap()).collect();
-    assert_eq!(peers, [vip, direct, own, vip]);
-
-    // Refused, then the same socket goes elsewhere.
-    let refused = at("10.96.0.11", 80).unwrap();
-    for to in [direct, vip] {
-        let outcomes = client.chain(Transport::Tcp, &[refused, refused, to].map(Dial::new)).unwrap();
-        let [first, second, third] = <[_; 3]>::try_from(outcomes).unwrap();
-        assert!(first.unwrap_err().is_refused() && second.unwrap_err().is_refused());
-        let third = third.unwrap();
-        assert_eq!((third.peer, third.answer.as_deref()), (Some(to), Some("pod-1-1")));
+        // Refused, then the same socket goes elsewhere.
+        let refused = at("10.96.0.11", 80).unwrap();
+        for to in [direct, vip] {
+            let outcomes = client.chain(Transport::Tcp, &[refused, refused, to].map(Dial::new)).unwrap();
+            let [first, second, third] = <[_; 3]>::try_from(outcomes).unwrap();
+            assert!(first.unwrap_err().is_refused() && second.unwrap_err().is_refused());
+            let third = third.unwrap();
+            assert_eq!((third.peer, third.answer.as_deref()), (Some(to), Some("pod-1-1")), "taken: {taken}");
+        }
+        // One socket of UDP and one of TCP had something to remember.
+        assert_eq!(overflowed(&places), if taken { 2 } else { 0 });
     }
+}
+
+/// A socket has its place for as long as it is open.
+#[test]
+fn closed_sockets_leave_their_places() {
+    let mut scene = Scene::new(2).unwrap();
+    scene.serve().unwrap();
+    scene.apply("web", &web_in(&scene, &[0])).unwrap();
+    let client = scene.pod(1).unwrap().client().unwrap();
+    let places = places(&scene);
+    let taken = || places.iter().map(Result::unwrap).filter(|place| place.cookie != 0).count();
+    let before = taken();
+    let open = [Transport::Tcp, Transport::UdpConnected].map(|transport| {
+        client.open(transport, Dial::new(at(V4, 80).unwrap())).unwrap().unwrap().id.unwrap()
+    });
+    assert_eq!(taken(), before + 2);
+    for transport in [Transport::Tcp, Transport::UdpConnected] {
+        let report =
+            client.run_loop(LoopSpec::new(transport, Dial::new(at(V6, 80).unwrap())).count(100)).unwrap();
+        assert_eq!(report.failed(), 0, "{report:?}");
+    }
+    assert_eq!(taken(), before + 2);
+    for id in open {
+        client.close(id).unwrap();
+    }
+    assert_eq!(taken(), before);
 }
 
 /// Opens an unconnected socket that has not sent yet.

@@ -1,4 +1,4 @@
-//! The kernel's maps as a [`Dataplane`]: one hash by system calls, three arrays by memory.
+//! The kernel's maps as a [`Dataplane`], written through memory, but for the source ranges.
 
 use std::io;
 use std::path::Path;
@@ -6,23 +6,24 @@ use std::path::Path;
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Map, MapData, MapError};
 use proxy_common::abi::{
-    AffinityWord, Backend, BackendId, FrontendKey, FrontendValue, ServiceId, ServiceRecord, SetWord,
+    AffinityWord, Backend, BackendId, FrontendKey, FrontendValue, ServiceId, ServiceRecord, SetWord, Slot,
     SourceRange,
 };
 
+use super::frontends::Frontends;
 use super::{Dataplane, Failure, Limits, RecordWord, Write};
 use crate::kernel::mapping::Mapping;
-use crate::kernel::table::{Table, io_error};
+use crate::kernel::table::io_error;
 use crate::kernel::{self, Pins, programs::open_pinned};
 
 /// See the module.
 pub struct Kernel {
     limits: Limits,
-    frontends: Table<FrontendKey, FrontendValue>,
+    frontends: Frontends,
     /// Of all generations.
     source_ranges: LpmTrie<MapData, SourceRange, u32>,
     services: Mapping<ServiceRecord>,
-    slots: Mapping<BackendId>,
+    slots: Mapping<Slot>,
     backends: Mapping<Backend>,
 }
 
@@ -32,7 +33,10 @@ impl Kernel {
     /// # Errors
     /// If a map is missing or cannot be mapped.
     pub fn of(tables: &Path, pins: &Pins) -> Result<Self, kernel::Error> {
-        Self::open_in(tables, &pins.state(), true)
+        let mut this = Self::open_in(tables, &pins.state(), true)?;
+        let Self { frontends, services, .. } = &mut this;
+        frontends.repair(|service| record(services, service));
+        Ok(this)
     }
 
     /// The pinned tables, to read, whoever writes them.
@@ -46,7 +50,7 @@ impl Kernel {
     }
 
     fn open_in(tables: &Path, state: &Path, writable: bool) -> Result<Self, kernel::Error> {
-        let frontends = Table::open(tables, "FRONTENDS")?;
+        let frontends = Frontends::open(tables, writable)?;
         let (services_limit, services) = map(tables, "SERVICES", writable)?;
         let (slots_limit, slots) = map(tables, "SLOTS", writable)?;
         let (backends_limit, backends) = map(tables, "BACKENDS", writable)?;
@@ -66,24 +70,17 @@ impl Kernel {
             backends,
         })
     }
-
-    /// Writes a run of frontends; failures are single, not of the whole batch.
-    fn put_frontends(
-        &mut self,
-        from: usize,
-        entries: &[(FrontendKey, FrontendValue)],
-        failures: &mut Vec<Failure>,
-    ) {
-        let failed = self.frontends.put_all(entries).into_iter();
-        failures.extend(failed.map(|(index, error)| Failure { index: from + index, error }));
-    }
 }
 
 fn entries(name: &'static str, map: &MapData) -> Result<u32, kernel::Error> {
     map.info().map(|info| info.max_entries()).map_err(|source| kernel::Error::Map { map: name, source })
 }
 
-fn map<T>(tables: &Path, name: &'static str, writable: bool) -> Result<(u32, Mapping<T>), kernel::Error> {
+pub(super) fn map<T>(
+    tables: &Path,
+    name: &'static str,
+    writable: bool,
+) -> Result<(u32, Mapping<T>), kernel::Error> {
     let data = open_pinned(tables, name)?;
     let limit = entries(name, &data)?;
     let mapping = Mapping::new(data.fd(), limit, writable)
@@ -102,20 +99,23 @@ impl Dataplane for Kernel {
 
     fn apply(&mut self, writes: &[Write]) -> Vec<Failure> {
         let mut failures = Vec::new();
-        let mut batch = Vec::new();
         for (index, write) in writes.iter().enumerate() {
-            if let Write::Frontend { key, value } = write {
-                batch.push((*key, *value));
-                continue;
-            }
-            // Order is kept: what was gathered goes first.
-            self.put_frontends(index - batch.len(), &batch, &mut failures);
-            batch.clear();
             let result = match write {
                 Write::Backend { index, value } => self.backends.store(*index, *value),
-                Write::Slot { index, value } => self.slots.store(*index, *value),
-                Write::Word { service, word, bits } => self.services.store(*service, *word, *bits),
-                Write::RemoveFrontend { key } => self.frontends.remove(key),
+                Write::Slot { index, value } => {
+                    self.slots.store(*index, Slot::new(*value, &self.backends.load(value.index())))
+                }
+                Write::Word { service, word, bits } => self
+                    .services
+                    .store(*service, *word, *bits)
+                    .inspect(|()| self.frontends.follow(*service, *word, *bits)),
+                Write::Frontend { key, value } => {
+                    self.frontends.put(key, *value, &record(&self.services, value.service()))
+                }
+                Write::RemoveFrontend { key } => {
+                    self.frontends.remove(key);
+                    Ok(())
+                }
                 Write::SourceRange { range, bits } => {
                     self.source_ranges.insert(&lpm_key(*range, *bits), 1, 0).map_err(io_error)
                 }
@@ -125,18 +125,16 @@ impl Dataplane for Kernel {
                         Ok(()) | Err(_) => Ok(()),
                     }
                 }
-                Write::Frontend { .. } => Ok(()),
             };
             if let Err(error) = result {
                 failures.push(Failure { index, error });
             }
         }
-        self.put_frontends(writes.len() - batch.len(), &batch, &mut failures);
         failures
     }
 
     fn frontends(&self) -> io::Result<Vec<(FrontendKey, FrontendValue)>> {
-        self.frontends.entries()
+        Ok(self.frontends.entries())
     }
 
     fn source_ranges(&self) -> io::Result<Vec<(SourceRange, u8)>> {
@@ -149,12 +147,7 @@ impl Dataplane for Kernel {
     }
 
     fn record(&self, service: ServiceId) -> ServiceRecord {
-        ServiceRecord {
-            cluster: SetWord::from_bits(self.services.load(service, RecordWord::Cluster)),
-            local: SetWord::from_bits(self.services.load(service, RecordWord::Local)),
-            draining: SetWord::from_bits(self.services.load(service, RecordWord::Draining)),
-            affinity: AffinityWord::from_bits(self.services.load(service, RecordWord::Affinity)),
-        }
+        record(&self.services, service)
     }
 
     fn slot(&self, index: u32) -> BackendId {
@@ -163,5 +156,14 @@ impl Dataplane for Kernel {
 
     fn backend(&self, index: u32) -> Backend {
         self.backends.load(index)
+    }
+}
+
+fn record(services: &Mapping<ServiceRecord>, service: ServiceId) -> ServiceRecord {
+    ServiceRecord {
+        cluster: SetWord::from_bits(services.load(service, RecordWord::Cluster)),
+        local: SetWord::from_bits(services.load(service, RecordWord::Local)),
+        draining: SetWord::from_bits(services.load(service, RecordWord::Draining)),
+        affinity: AffinityWord::from_bits(services.load(service, RecordWord::Affinity)),
     }
 }

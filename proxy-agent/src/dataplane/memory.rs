@@ -7,7 +7,7 @@ use std::io;
 
 use proxy_common::abi::{
     AffinityEntry, AffinityKey, AffinityWord, Backend, BackendId, DatagramFlow, DatagramKey, DatagramOrigin,
-    FrontendKey, FrontendValue, ServiceId, ServiceRecord, SetWord, SourceRange, WhichSet,
+    Frontend, FrontendKey, FrontendValue, ServiceId, ServiceRecord, SetWord, Slot, SourceRange,
 };
 use proxy_common::decide::Tables;
 
@@ -19,7 +19,7 @@ pub struct Memory {
     limits: Limits,
     frontends: BTreeMap<FrontendKey, FrontendValue>,
     services: BTreeMap<ServiceId, ServiceRecord>,
-    slots: BTreeMap<u32, BackendId>,
+    slots: BTreeMap<u32, Slot>,
     backends: BTreeMap<u32, Backend>,
     source_ranges: BTreeSet<(SourceRange, u8)>,
     affinity: RefCell<HashMap<AffinityKey, AffinityEntry>>,
@@ -70,7 +70,8 @@ impl Memory {
             }
             Write::Slot { index, value } => {
                 in_range(index, self.limits.slots)?;
-                self.slots.insert(index, value);
+                let slot = Slot::new(value, &Dataplane::backend(self, value.index()));
+                self.slots.insert(index, slot);
             }
             Write::Word { service, word, bits } => {
                 in_range(service, self.limits.services)?;
@@ -137,7 +138,7 @@ impl Dataplane for Memory {
     }
 
     fn slot(&self, index: u32) -> BackendId {
-        self.slots.get(&index).copied().unwrap_or_default()
+        self.slots.get(&index).copied().unwrap_or_default().id
     }
 
     fn backend(&self, index: u32) -> Backend {
@@ -146,23 +147,12 @@ impl Dataplane for Memory {
 }
 
 impl Tables for Memory {
-    fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
-        self.frontends.get(key).copied()
+    fn frontend(&self, key: &FrontendKey) -> Frontend {
+        let value = self.frontends.get(key).copied().unwrap_or(FrontendValue::NONE);
+        Frontend::new(value, &self.record(value.service()))
     }
 
-    fn set(&self, service: ServiceId, which: WhichSet) -> SetWord {
-        let record = self.record(service);
-        match which {
-            WhichSet::Cluster => record.cluster,
-            WhichSet::Local => record.local,
-        }
-    }
-
-    fn affinity(&self, service: ServiceId) -> AffinityWord {
-        self.record(service).affinity
-    }
-
-    fn slot(&self, index: u32) -> Option<BackendId> {
+    fn slot(&self, index: u32) -> Option<Slot> {
         self.slots.get(&index).copied()
     }
 

@@ -3,6 +3,7 @@
 
 pub mod bpf;
 pub mod faulty;
+pub mod frontends;
 pub mod memory;
 
 use std::io;

@@ -8,7 +8,8 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
-use proxy_common::abi::{Backend, BackendId, ServiceRecord};
+use proxy_common::abi::line::Header;
+use proxy_common::abi::{Backend, BackendId, FrontendKey, FrontendLine, ServiceId, ServiceRecord, Slot};
 
 use crate::dataplane::RecordWord;
 
@@ -95,17 +96,131 @@ impl Mapping<ServiceRecord> {
     }
 }
 
-impl Mapping<BackendId> {
+impl Mapping<Slot> {
     /// # Errors
     /// E2BIG if out of range.
-    pub fn store(&mut self, index: u32, id: BackendId) -> io::Result<()> {
-        self.word(index, 0)?.store(id.bits(), Ordering::Relaxed);
+    pub fn store(&mut self, index: u32, slot: Slot) -> io::Result<()> {
+        let at = self.at(index, 0)?;
+        // SAFETY: in the mapping and aligned. No set points there; a reader who comes late sees that the seal is wrong.
+        unsafe { at.cast().write_volatile(slot) };
         Ok(())
     }
 
     /// [`BackendId::NONE`] if out of range.
     pub fn load(&self, index: u32) -> BackendId {
         self.word(index, 0).map_or(BackendId::NONE, |word| BackendId::from_bits(word.load(Ordering::Relaxed)))
+    }
+}
+
+/// A word of [`FrontendLine`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LineWord {
+    /// What the frontend points to.
+    Value,
+    /// Copy of the cluster set.
+    Cluster,
+    /// Copy of the local set.
+    Local,
+    /// Copy of the affinity.
+    Affinity,
+}
+
+/// Places are those of a table that was mapped whole. Out of range, nothing is written and 0 read.
+impl Mapping<FrontendLine> {
+    /// The header; a new table has the default.
+    pub fn header(&self) -> Header {
+        let word = |number: usize| {
+            self.word(0, number * size_of::<u64>()).map_or(0, |word| word.load(Ordering::Acquire))
+        };
+        // The upper half of its word is the header's zero.
+        let mask = u32::try_from(word(1)).unwrap_or(0);
+        Header::new(word(0), mask)
+    }
+
+    /// Makes a new table one that programs search.
+    pub fn set_header(&mut self, header: Header) {
+        for (number, word) in [(0, header.seed), (1, header.mask.into())] {
+            if let Ok(at) = self.word(0, number * size_of::<u64>()) {
+                at.store(word, Ordering::Release);
+            }
+        }
+    }
+
+    /// One store: readers see the old word or this one, and if this one, then all that was written before.
+    pub fn store(&mut self, place: u32, word: LineWord, bits: u64) {
+        if let Ok(word) = self.word(place, Self::offset(word)) {
+            word.store(bits, Ordering::Release);
+        }
+    }
+
+    /// Reads a word.
+    pub fn load(&self, place: u32, word: LineWord) -> u64 {
+        self.word(place, Self::offset(word)).map_or(0, |word| word.load(Ordering::Acquire))
+    }
+
+    /// Reads the key of a line that has one.
+    pub fn key(&self, place: u32) -> FrontendKey {
+        let at = self.at(place, std::mem::offset_of!(FrontendLine, key)).ok();
+        // SAFETY: in the mapping and aligned; only the agent writes it, and any bytes are a key.
+        at.map_or(FrontendKey::default(), |at| unsafe { at.cast().read_volatile() })
+    }
+
+    /// Writes the key of a free line.
+    pub fn set_key(&mut self, place: u32, key: &FrontendKey) {
+        if let Ok(at) = self.at(place, std::mem::offset_of!(FrontendLine, key)) {
+            // SAFETY: in the mapping and aligned. Programs may read it meanwhile; they believe it only with a value
+            // before and after.
+            unsafe { at.cast().write_volatile(*key) };
+        }
+    }
+
+    /// Which record the copies are of.
+    pub fn copies_of(&self, place: u32) -> ServiceId {
+        self.half(place, std::mem::offset_of!(FrontendLine, copies_of))
+            .map_or(0, |half| half.load(Ordering::Relaxed))
+    }
+
+    /// Says so; 0 while they are written.
+    pub fn set_copies_of(&mut self, place: u32, service: ServiceId) {
+        if let Ok(half) = self.half(place, std::mem::offset_of!(FrontendLine, copies_of)) {
+            half.store(service, Ordering::Release);
+            // What follows must not overtake it (see below).
+            fence(Ordering::Release);
+        }
+    }
+
+    /// How far the keys of this home lie.
+    pub fn reach(&self, place: u32) -> u32 {
+        self.half(place, std::mem::offset_of!(FrontendLine, reach))
+            .map_or(0, |half| half.load(Ordering::Relaxed))
+    }
+
+    /// Sets it.
+    pub fn store_reach(&mut self, place: u32, reach: u32) {
+        if let Ok(half) = self.half(place, std::mem::offset_of!(FrontendLine, reach)) {
+            half.store(reach, Ordering::Release);
+        }
+    }
+
+    /// A line as a program gets it; it stays readable as long as the mapping lives.
+    #[cfg(test)]
+    pub(crate) fn line(&self, place: u32) -> Option<*const FrontendLine> {
+        self.at(place, 0).ok().map(|at| at.cast::<FrontendLine>().as_ptr().cast_const())
+    }
+
+    fn half(&self, place: u32, offset: usize) -> io::Result<&AtomicU32> {
+        let at = self.at(place, offset)?;
+        // SAFETY: in the mapping, 4-byte aligned, shared with the kernel, which reads it with single loads.
+        Ok(unsafe { AtomicU32::from_ptr(at.cast().as_ptr()) })
+    }
+
+    const fn offset(word: LineWord) -> usize {
+        match word {
+            LineWord::Value => std::mem::offset_of!(FrontendLine, value),
+            LineWord::Cluster => std::mem::offset_of!(FrontendLine, cluster),
+            LineWord::Local => std::mem::offset_of!(FrontendLine, local),
+            LineWord::Affinity => std::mem::offset_of!(FrontendLine, affinity),
+        }
     }
 }
 

@@ -7,24 +7,26 @@ use std::path::{Path, PathBuf};
 
 use aya::maps::{Map, MapData};
 use aya::programs::links::{FdLink, PinnedLink};
-use aya::programs::{CgroupAttachMode, CgroupSockAddr, SchedClassifier};
+use aya::programs::{CgroupAttachMode, CgroupSockAddr, Program, SchedClassifier};
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfLoader};
 use proxy_common::abi::packet::{FLOW_PLACES, SNAT_PLACES, VIP_PLACES};
 use proxy_common::abi::{
-    Address, AffinityEntry, AffinityKey, Backend, BackendId, DatagramFlow, DatagramKey, DatagramOrigin,
-    Device, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey, FrontendValue, Outcome, PacketSettings,
-    ServiceRecord, SnatKey, SocketOrigin, SourceRange,
+    Address, AffinityEntry, AffinityKey, Backend, DatagramFlow, DatagramKey, DatagramOrigin, Device, Flow,
+    FlowKey, FragmentKey, FragmentPorts, FrontendLine, Outcome, PacketSettings, ServiceRecord, Slot, SnatKey,
+    SocketOrigin, SocketPlace, SourceRange,
 };
 
 use super::{Error, Pins, sys};
-use crate::dataplane::Limits;
+use crate::dataplane::{Limits, frontends};
 
 /// The kernel programs and their maps, as built: ELF.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sheave-bpf"));
 
-/// Programs, in the order of attachment: the way back first, so that nobody is translated one way only. By name; the name is also that of the link's pin.
-pub const PROGRAMS: [&str; 8] = [
+/// Programs, in the order of attachment: the way back first, so that nobody is translated one way only. By name; the name
+/// is also that of the link's pin.
+pub const PROGRAMS: [&str; 9] = [
+    "sock_release",
     "sock_recvmsg4",
     "sock_recvmsg6",
     "sock_getpeer4",
@@ -56,17 +58,18 @@ macro_rules! shape {
 
 /// Maps that the agent writes and that grow; one set for each generation.
 const TABLES: [Shape; 4] = [
-    shape!("FRONTENDS", FrontendKey, FrontendValue),
+    shape!("FRONTENDS", u32, FrontendLine),
     shape!("SERVICES", u32, ServiceRecord),
-    shape!("SLOTS", u32, BackendId),
+    shape!("SLOTS", u32, Slot),
     shape!("BACKENDS", u32, Backend),
 ];
 
 /// Maps that the programs write, and those of the agent that keep their size; shared by all generations.
-const STATE: [Shape; 18] = [
+const STATE: [Shape; 19] = [
     shape!("AFFINITY", AffinityKey, AffinityEntry),
     shape!("DATAGRAM_FLOWS", DatagramKey, DatagramFlow),
     shape!("DATAGRAM_ORIGIN", DatagramKey, DatagramOrigin),
+    shape!("SOCKET_PLACES", u32, SocketPlace),
     shape!("SOCKET_ORIGIN", i32, SocketOrigin),
     shape!("COUNTERS", u32, u64),
     shape!("VIPS", u32, [u8; VIP_PLACES]),
@@ -144,7 +147,7 @@ impl Loaded {
             .btf(None)
             .override_global("HOST_NETNS", &settings.host_netns, true)
             .override_global("SET_RETVAL", &set_retval, true)
-            .map_max_entries("FRONTENDS", limits.frontends)
+            .map_max_entries("FRONTENDS", frontends::places(limits.frontends))
             .map_max_entries("SERVICES", limits.services)
             .map_max_entries("SLOTS", limits.slots)
             .map_max_entries("BACKENDS", limits.backends);
@@ -153,11 +156,7 @@ impl Loaded {
         }
         let mut ebpf = loader.load(OBJECT)?;
         for name in PROGRAMS {
-            program(&mut ebpf, name)?.load().map_err(|source| Error::Program {
-                action: "load",
-                program: name,
-                source,
-            })?;
+            load(program(&mut ebpf, name)?, name)?;
         }
         for name in CLASSIFIERS.into_iter().filter(|_| settings.packet_path) {
             classifier(&mut ebpf, name)?.load().map_err(|source| Error::Program {
@@ -196,15 +195,7 @@ impl Loaded {
                 updated += 1;
                 continue;
             }
-            let attach = |source| Error::Program { action: "attach", program: name, source };
-            // Links always are of the "multi" kind; asking for it by flag is refused (EINVAL).
-            let id = program.attach(&directory, CgroupAttachMode::Single).map_err(attach)?;
-            let link = program.take_link(id).map_err(attach)?;
-            let link: FdLink = link.try_into().map_err(|error| Error::Link {
-                action: "convert",
-                program: name,
-                source: std::io::Error::other(error),
-            })?;
+            let link = link(program, name, &directory)?;
             let _pinned: PinnedLink = link.pin(&pin).map_err(|error| Error::Link {
                 action: "pin",
                 program: name,
@@ -250,18 +241,50 @@ pub fn links(pins: &Pins) -> Vec<(&'static str, Option<u64>)> {
     PROGRAMS.into_iter().filter_map(read).collect()
 }
 
-fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut CgroupSockAddr, Error> {
-    let program = ebpf.program_mut(name).ok_or(Error::NoProgram(name))?;
+/// Loads one of [`PROGRAMS`].
+///
+/// # Errors
+/// If the verifier says no.
+pub fn load(program: &mut Program, name: &'static str) -> Result<(), Error> {
+    let load = |source| Error::Program { action: "load", program: name, source };
+    if let Program::CgroupSock(program) = program {
+        return program.load().map_err(load);
+    }
+    hook(program, name)?.load().map_err(load)
+}
+
+/// Attaches one of [`PROGRAMS`].
+fn link(program: &mut Program, name: &'static str, cgroup: &File) -> Result<FdLink, Error> {
+    let attach = |source| Error::Program { action: "attach", program: name, source };
+    let convert =
+        |error| Error::Link { action: "convert", program: name, source: std::io::Error::other(error) };
+    // Links always are of the "multi" kind; asking for it by flag is refused (EINVAL).
+    let mode = CgroupAttachMode::Single;
+    if let Program::CgroupSock(program) = program {
+        let id = program.attach(cgroup, mode).map_err(attach)?;
+        return program.take_link(id).map_err(attach)?.try_into().map_err(convert);
+    }
+    let program = hook(program, name)?;
+    let id = program.attach(cgroup, mode).map_err(attach)?;
+    program.take_link(id).map_err(attach)?.try_into().map_err(convert)
+}
+
+fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Program, Error> {
+    ebpf.program_mut(name).ok_or(Error::NoProgram(name))
+}
+
+/// All but one of [`PROGRAMS`] are of this type.
+fn hook<'a>(program: &'a mut Program, name: &'static str) -> Result<&'a mut CgroupSockAddr, Error> {
     program.try_into().map_err(|source| Error::Program { action: "use", program: name, source })
 }
 
 fn classifier<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut SchedClassifier, Error> {
-    let program = ebpf.program_mut(name).ok_or(Error::NoProgram(name))?;
+    let program = program(ebpf, name)?;
     program.try_into().map_err(|source| Error::Program { action: "use", program: name, source })
 }
 
 /// Puts the program into a pinned link. `false`: the link is of another cgroup, or of one that is gone; it was removed.
-fn update(pin: &Path, program: &CgroupSockAddr, cgroup_id: u64, name: &'static str) -> Result<bool, Error> {
+fn update(pin: &Path, program: &Program, cgroup_id: u64, name: &'static str) -> Result<bool, Error> {
     let error = |action| move |source| Error::Link { action, program: name, source };
     let link = sys::object_get(pin).map_err(error("open"))?;
     if sys::link_cgroup(link.as_fd()).map_err(error("inspect"))? != cgroup_id {

@@ -1,6 +1,7 @@
 use std::collections::BTreeSet;
 
 use super::*;
+use proxy_common::abi::Outcome;
 use proxy_common::decide::Sent;
 
 const COOKIE: u64 = 42;
@@ -12,11 +13,9 @@ fn send_to(lab: &Lab, cookie: u64, to: Peer) -> Sent {
 
 /// Sends one datagram; whether it followed an earlier one, and where it went.
 fn send(lab: &Lab, number: u8) -> (bool, Peer) {
-    match send_to(lab, COOKIE, vip(number)) {
-        Sent::Followed(address, port) => (true, (address, port)),
-        Sent::New(Connect::Forward { backend, .. }) => (false, (backend.address, backend.port)),
-        Sent::New(decision) => panic!("{decision:?}"),
-    }
+    let sent = send_to(lab, COOKIE, vip(number));
+    assert!(matches!(sent.outcome, Outcome::SendFollowed | Outcome::SendForwarded), "{sent:?}");
+    (sent.outcome == Outcome::SendFollowed, sent.to)
 }
 
 fn receive(lab: &Lab, from: Peer) -> Option<Peer> {
@@ -89,14 +88,18 @@ fn c2_a_draining_endpoint_keeps_its_flows_and_a_gone_one_does_not() {
 fn c3_too_early_is_not_too_late() {
     let mut lab = Lab::new();
     lab.plain(1, &[]);
-    assert_eq!(send_to(&lab, COOKIE, vip(1)), Sent::New(Connect::Reject));
-    assert_eq!(send_to(&lab, COOKIE, vip(1)), Sent::New(Connect::Reject), "nothing was remembered");
+    assert_eq!(send_to(&lab, COOKIE, vip(1)), Sent { to: vip(1), outcome: Outcome::SendLeft });
+    assert_eq!(
+        send_to(&lab, COOKIE, vip(1)),
+        Sent { to: vip(1), outcome: Outcome::SendLeft },
+        "nothing was remembered"
+    );
     lab.set(1, WhichSet::Cluster, &[3], WhenEmpty::Reject);
     assert_eq!(send(&lab, 1), (false, at(3)));
     // Nobody serves any more. New datagrams are refused; the tables are not asked to forget.
     lab.state(id(3), BackendState { cluster: true, local: false, serving: false });
     lab.set(1, WhichSet::Cluster, &[], WhenEmpty::Reject);
-    assert_eq!(send_to(&lab, COOKIE, vip(1)), Sent::New(Connect::Reject));
+    assert_eq!(send_to(&lab, COOKIE, vip(1)), Sent { to: vip(1), outcome: Outcome::SendLeft });
 }
 
 /// Only an answer of this flow's endpoint shows the VIP.
@@ -145,7 +148,7 @@ fn an_active_flow_gets_its_way_back_again() {
 #[test]
 fn what_is_for_no_service_is_not_remembered() {
     let lab = lab();
-    assert_eq!(send_to(&lab, COOKIE, vip(9)), Sent::New(Connect::Untouched));
+    assert_eq!(send_to(&lab, COOKIE, vip(9)).outcome, Outcome::SendUntouched);
     assert_eq!(receive(&lab, vip(9)), None);
 }
 
@@ -171,5 +174,5 @@ fn a_vip_that_no_service_has_any_more_is_left_alone() {
     send(&lab, 1);
     let (address, port) = vip(1);
     lab.write(Write::RemoveFrontend { key: FrontendKey::new(address, port, Protocol::Udp.number()) });
-    assert_eq!(send_to(&lab, COOKIE, vip(1)), Sent::New(Connect::Untouched));
+    assert_eq!(send_to(&lab, COOKIE, vip(1)).outcome, Outcome::SendUntouched);
 }

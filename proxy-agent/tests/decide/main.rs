@@ -156,7 +156,7 @@ impl Lab {
     }
 
     fn connect_as(&self, key: ClientKey, origin: Origin, number: u8) -> Connect {
-        decide::connect(&self.tables, &|| Client { origin, key }, vip(number), Protocol::Tcp)
+        decide::connect(&self.tables, &|| Client { origin, key }, self.vip(number), Protocol::Tcp)
     }
 
     /// Which backend a new connection of a pod goes to.
@@ -166,8 +166,8 @@ impl Lab {
 
     fn reach_from(&self, origin: Origin, client: u64, number: u8) -> u32 {
         let decision = self.connect_as(ClientKey::netns(client), origin, number);
-        let Connect::Forward { id, backend } = decision else { panic!("{decision:?}") };
-        assert_eq!((backend.address, backend.port), at(id.index()));
+        let Connect::Forward { id, to } = decision else { panic!("{decision:?}") };
+        assert_eq!(to, self.at(id.index()));
         id.index()
     }
 

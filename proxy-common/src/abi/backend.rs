@@ -1,4 +1,5 @@
-//! `BACKENDS`: mmap-able array, index → backend, and `SLOTS`: mmap-able array of backend ids. Written by the agent only.
+//! `BACKENDS`: mmap-able array, index → backend, and `SLOTS`: mmap-able array of what sets are made of. Written by the
+//! agent only.
 
 use super::{Address, Port, WhichSet};
 
@@ -42,6 +43,47 @@ impl BackendId {
     #[inline(always)]
     pub const fn generation(self) -> u32 {
         (self.0 >> 32) as u32
+    }
+}
+
+/// A member of a set, with the backend's address: who picks it needs not read `BACKENDS`.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Slot {
+    /// Which backend.
+    pub id: BackendId,
+    address: Address,
+    port: Port,
+    zero: u16,
+    seal: u32,
+}
+
+layout!(Slot, size = 32, fields = BackendId, Address, Port, u16, u32);
+
+impl Slot {
+    /// Of a backend.
+    pub const fn new(id: BackendId, backend: &Backend) -> Self {
+        let (address, port) = (backend.address, backend.port);
+        Self { id, address, port, zero: 0, seal: Self::seal_of(id, address, port) }
+    }
+
+    /// Where the backend is. `None`: the slot is being written. It belongs to no set then, or to one that was replaced so
+    /// long ago that its slots are used again: read the set's word again.
+    #[inline(always)]
+    pub const fn peer(&self) -> Option<(Address, Port)> {
+        if self.seal == Self::seal_of(self.id, self.address, self.port) {
+            Some((self.address, self.port))
+        } else {
+            None
+        }
+    }
+
+    #[inline(always)]
+    const fn seal_of(id: BackendId, address: Address, port: Port) -> u32 {
+        let [a, b, c, d] = address.words();
+        let (upper, lower) = (a as u64 | (b as u64) << 32, c as u64 | (d as u64) << 32);
+        // Not 0 for a slot of zeros: nothing was ever written there.
+        super::seal(1 | (port.raw() as u32) << 16, upper ^ id.bits(), lower)
     }
 }
 
@@ -206,6 +248,24 @@ mod tests {
         let expected =
             [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 244, 1, 5, 0x26, 0x94, 0b1011, 0, 4, 3, 2, 1];
         assert_eq!(bytes, expected);
+    }
+
+    #[test]
+    fn a_slot_that_is_being_written_leads_nowhere() {
+        let backend =
+            |last, port| Backend::new(IpAddr::from([10, 244, 1, last]).into(), Port::new(port), STATE, 4);
+        let slot = Slot::new(BackendId::new(9, 4), &backend(5, 9876));
+        assert_eq!(slot.peer(), Some((backend(5, 9876).address, Port::new(9876))));
+        let other = Slot::new(BackendId::new(9, 5), &backend(6, 9877));
+        for mixed in [
+            Slot { id: other.id, ..slot },
+            Slot { address: other.address, ..slot },
+            Slot { port: other.port, ..slot },
+            Slot { seal: other.seal, ..slot },
+            Slot::default(),
+        ] {
+            assert_eq!(mixed.peer(), None, "{mixed:?}");
+        }
     }
 
     #[test]

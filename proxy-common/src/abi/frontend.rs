@@ -1,4 +1,4 @@
-//! `FRONTENDS`: hash without preallocation, VIP:port/protocol → service. Written by the agent only.
+//! What a line of `FRONTENDS` says: VIP:port/protocol → service.
 
 use super::{Address, Port, ServiceId, WhichSet};
 
@@ -133,77 +133,86 @@ impl Origin {
     pub const ALL: [Self; 3] = [Self::Node, Self::Pod, Self::Elsewhere];
 }
 
-/// What the kernel needs to know of a frontend before it reads the service record.
-#[repr(C)]
+/// What the kernel needs to know of a frontend before it looks at its sets, as one word: service (bits 0–31), kind
+/// (32–39), origins that the local set serves (40–47), flags (48–55).
+#[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct FrontendValue {
-    service: ServiceId,
-    kind: u8,
-    /// Bit n: origin n is served from the local set, else from the cluster set.
-    local_for: u8,
-    flags: u8,
-    zero: u8,
-}
+pub struct FrontendValue(u64);
 
-layout!(FrontendValue, size = 8, fields = ServiceId, u8, u8, u8, u8);
-
+const KIND: u32 = 32;
+/// Bit n: origin n is served from the local set, else from the cluster set.
+const LOCAL_FOR: u32 = 40;
 /// Rule F: clients are let in by source address.
-const SOURCE_RANGES: u8 = 1;
+const SOURCE_RANGES: u64 = 1 << 48;
 
 impl FrontendValue {
+    /// Points nowhere.
+    pub const NONE: Self = Self(0);
+
     /// Every origin is served from the cluster set until [`Self::with_local_set_for`] says otherwise.
     pub const fn new(service: ServiceId, kind: FrontendKind) -> Self {
-        Self { service, kind: kind as u8, local_for: 0, flags: 0, zero: 0 }
+        Self(service as u64 | (kind as u64) << KIND)
+    }
+
+    /// From the stored word.
+    #[inline(always)]
+    pub const fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+
+    /// The stored word.
+    #[inline(always)]
+    pub const fn bits(self) -> u64 {
+        self.0
     }
 
     /// Serves `origin` from the local set.
     #[must_use]
-    pub const fn with_local_set_for(mut self, origin: Origin) -> Self {
-        self.local_for |= 1 << origin as u8;
-        self
+    pub const fn with_local_set_for(self, origin: Origin) -> Self {
+        Self(self.0 | 1 << (LOCAL_FOR + origin as u32))
     }
 
     /// Marks the frontend as guarded by `loadBalancerSourceRanges`.
     #[must_use]
-    pub const fn with_source_ranges(mut self) -> Self {
-        self.flags |= SOURCE_RANGES;
-        self
+    pub const fn with_source_ranges(self) -> Self {
+        Self(self.0 | SOURCE_RANGES)
     }
 
     /// The same for another service record.
     #[must_use]
-    pub const fn with_service(mut self, service: ServiceId) -> Self {
-        self.service = service;
-        self
+    pub const fn with_service(self, service: ServiceId) -> Self {
+        Self(self.0 & !(u32::MAX as u64) | service as u64)
     }
 
     /// The service record's place in `SERVICES`.
     #[inline(always)]
     pub const fn service(&self) -> ServiceId {
-        self.service
+        super::low(self.0)
     }
 
     /// `None` only for a value that this version did not write.
     pub const fn kind(&self) -> Option<FrontendKind> {
-        FrontendKind::from_number(self.kind)
+        let [kind, ..] = (self.0 >> KIND).to_le_bytes();
+        FrontendKind::from_number(kind)
     }
 
     /// Which set serves clients of this origin (P10, P11).
     #[inline(always)]
     pub const fn set_for(&self, origin: Origin) -> WhichSet {
-        if self.local_for & (1 << origin as u8) != 0 { WhichSet::Local } else { WhichSet::Cluster }
+        if self.0 & 1 << (LOCAL_FOR + origin as u32) != 0 { WhichSet::Local } else { WhichSet::Cluster }
     }
 
     /// Whether it does not matter who asks.
     #[inline(always)]
     pub const fn serves_all_alike(&self) -> bool {
-        self.local_for == 0 || self.local_for == 0b111
+        let local_for = self.0 >> LOCAL_FOR & 0b111;
+        local_for == 0 || local_for == 0b111
     }
 
     /// Whether the client's address must be checked first (F1).
     #[inline(always)]
     pub const fn has_source_ranges(&self) -> bool {
-        self.flags & SOURCE_RANGES != 0
+        self.0 & SOURCE_RANGES != 0
     }
 }
 
@@ -233,8 +242,8 @@ mod tests {
             [WhichSet::Cluster, WhichSet::Cluster, WhichSet::Local]
         );
         assert!(!value.has_source_ranges() && value.with_source_ranges().has_source_ranges());
-        // SAFETY: the layout assertion proves 8 bytes without padding.
-        let bytes: [u8; 8] = unsafe { core::mem::transmute(value.with_source_ranges()) };
-        assert_eq!(bytes, [7, 0, 0, 0, 4, 0b100, 1, 0]);
+        let bits = value.with_source_ranges().bits();
+        assert_eq!(bits.to_le_bytes(), [7, 0, 0, 0, 4, 0b100, 1, 0]);
+        assert_eq!(FrontendValue::from_bits(bits), value.with_source_ranges());
     }
 }

@@ -43,21 +43,23 @@ pub mod counter;
 pub mod datagram;
 pub mod flow;
 pub mod frontend;
+pub mod line;
 pub mod packet;
 pub mod service;
 pub mod socket;
 
 pub use address::{Address, Port};
 pub use affinity::{AffinityEntry, AffinityKey, AffinitySlot, ClientKey};
-pub use backend::{Backend, BackendId, BackendState};
+pub use backend::{Backend, BackendId, BackendState, Slot};
 pub use counter::Outcome;
 pub use datagram::{DatagramFlow, DatagramKey, DatagramOrigin};
 pub use flow::{Flow, FlowKey, FragmentKey, FragmentPorts, SnatKey};
 pub use frontend::{FrontendKey, FrontendKind, FrontendValue, Origin, Protocol};
+pub use line::{Frontend, FrontendLine};
 pub use packet::{Device, PacketSettings, Prefix, SourceRange};
 pub use service::{AffinityWord, ServiceId, ServiceRecord, SetWord, WhenEmpty, WhichSet};
-pub use socket::SocketOrigin;
+pub use socket::{SocketOrigin, SocketPlace};
 
 /// Changes whenever any layout here, or the meaning of a field, changes. It is part of the pin directory's name, so an
 /// agent never adopts maps that it would misread.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;

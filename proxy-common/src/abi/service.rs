@@ -91,6 +91,9 @@ impl SetWord {
 pub struct AffinityWord(u64);
 
 impl AffinityWord {
+    /// No affinity.
+    pub const OFF: Self = Self(0);
+
     /// `timeout_s` 0 switches affinity off.
     pub const fn new(timeout_s: u32, epoch: u32) -> Self {
         Self(timeout_s as u64 | (epoch as u64) << 32)
@@ -133,6 +136,16 @@ pub struct ServiceRecord {
     pub draining: SetWord,
     /// Session affinity.
     pub affinity: AffinityWord,
+}
+
+impl ServiceRecord {
+    /// No set is used.
+    pub const EMPTY: Self = Self {
+        cluster: SetWord::ABSENT,
+        local: SetWord::ABSENT,
+        draining: SetWord::ABSENT,
+        affinity: AffinityWord::OFF,
+    };
 }
 
 layout!(ServiceRecord, size = 32, fields = SetWord, SetWord, SetWord, AffinityWord);

@@ -1,20 +1,19 @@
-use super::{Tables, select};
+use super::Tables;
+use super::select::{self, Choice, NOBODY, is_somebody};
 use crate::abi::{
-    AffinityEntry, AffinityKey, AffinitySlot, AffinityWord, Backend, BackendId, ClientKey, ServiceId,
-    SetWord, WhichSet,
+    AffinityEntry, AffinityKey, AffinitySlot, AffinityWord, BackendId, ClientKey, Frontend, WhichSet,
 };
 
 /// Rules A3 and A4: the entry's backend while it is alive and in the ruling set, else a new choice; either way the
-/// entry is renewed. `None` as for [`select::pick`].
+/// entry is renewed. [`NOBODY`] as from [`select::pick`].
 #[inline(always)]
 pub(super) fn choose(
     tables: &impl Tables,
-    service: ServiceId,
+    frontend: &Frontend,
     which: WhichSet,
-    set: SetWord,
-    affinity: AffinityWord,
     client: ClientKey,
-) -> Option<(BackendId, Backend)> {
+) -> Choice {
+    let (service, affinity) = (frontend.value.service(), frontend.affinity);
     let now_ns = tables.now_ns();
     let key = AffinityKey::new(service, client);
     let mut entry = AffinityEntry::new(affinity.epoch());
@@ -26,17 +25,20 @@ pub(super) fn choose(
     }
     let (this, other) = entry.slots(which);
     let mut chosen = usable(tables, which, affinity, this, now_ns);
-    if chosen.is_none() {
+    if !is_somebody(&chosen) {
         chosen = usable(tables, which, affinity, other, now_ns);
     }
-    if chosen.is_none() {
-        chosen = select::pick(tables, set);
+    if !is_somebody(&chosen) {
+        chosen = select::pick(tables, frontend.set(which));
     }
-    let (id, backend) = chosen?;
+    if !is_somebody(&chosen) {
+        return NOBODY;
+    }
+    let id = chosen.0;
     let renewed = AffinitySlot { backend: id, renewed_ns: now_ns };
     entry.set_slots(which, renewed, if other.backend == id { renewed } else { other });
     tables.remember_affinity(&key, &entry.sealed(service));
-    Some((id, backend))
+    chosen
 }
 
 #[inline(always)]
@@ -46,14 +48,16 @@ fn usable(
     affinity: AffinityWord,
     slot: AffinitySlot,
     now_ns: u64,
-) -> Option<(BackendId, Backend)> {
+) -> Choice {
     if slot.backend == BackendId::NONE {
-        return None;
+        return NOBODY;
     }
     let age_ns = now_ns.saturating_sub(slot.renewed_ns);
     if age_ns >= affinity.timeout_s() as u64 * 1_000_000_000 {
-        return None;
+        return NOBODY;
     }
-    let backend = select::get(tables, slot.backend)?;
-    if backend.is_in(which) { Some((slot.backend, backend)) } else { None }
+    match select::get(tables, slot.backend) {
+        Some(backend) if backend.is_in(which) => (slot.backend, (backend.address, backend.port)),
+        Some(_) | None => NOBODY,
+    }
 }

@@ -1,5 +1,8 @@
-use super::{Peer, Tables, affinity, select};
-use crate::abi::{Backend, BackendId, ClientKey, FrontendKey, FrontendValue, Origin, Protocol, WhenEmpty};
+use core::hint::black_box;
+
+use super::select::{self, NOBODY, is_somebody};
+use super::{Peer, Tables, affinity};
+use crate::abi::{BackendId, ClientKey, Frontend, FrontendKey, Origin, Protocol, WhenEmpty};
 
 /// Who connects.
 #[derive(Clone, Copy, Debug)]
@@ -19,8 +22,8 @@ pub enum Connect {
     Forward {
         /// Which backend.
         id: BackendId,
-        /// Its address, port and state.
-        backend: Backend,
+        /// Its address and port.
+        to: Peer,
     },
     /// Refused (Z1).
     Reject,
@@ -40,47 +43,51 @@ const TRIES: u32 = 3;
 #[inline(always)]
 pub fn connect(tables: &impl Tables, client: &impl Fn() -> Client, to: Peer, protocol: Protocol) -> Connect {
     let key = FrontendKey::new(to.0, to.1, protocol.number());
-    let Some(frontend) = tables.frontend(&key) else { return Connect::Untouched };
-    through(tables, client, frontend)
+    let frontend = tables.frontend(&key);
+    if frontend.value.has_source_ranges() {
+        Connect::SourceRanges
+    } else {
+        serve(tables, client, &key, frontend)
+    }
 }
 
-/// Decides a new connection to a frontend.
+/// Decides for a client that the frontend's source ranges, if there are any, let in.
+///
+/// It has one way out, with an id that the compiler knows nothing of: what it knows to be nobody, it gives no address, and
+/// the verifier refuses programs that could read that.
 #[inline(always)]
-pub(super) fn through(
+pub fn serve(
     tables: &impl Tables,
     client: &impl Fn() -> Client,
-    frontend: FrontendValue,
+    key: &FrontendKey,
+    mut frontend: Frontend,
 ) -> Connect {
-    if frontend.has_source_ranges() {
-        return Connect::SourceRanges;
-    }
-    serve(tables, client, &frontend)
-}
-
-/// Decides for a client that its source ranges, if there are any, let in.
-#[inline(always)]
-pub fn serve(tables: &impl Tables, client: &impl Fn() -> Client, frontend: &FrontendValue) -> Connect {
-    // Asking who the client is costs a helper call, and nearly always does not matter.
-    let which = frontend.set_for(if frontend.serves_all_alike() { Origin::Node } else { client().origin });
+    let (mut chosen, mut otherwise) = (NOBODY, Connect::Contended);
     for _ in 0..TRIES {
-        let set = tables.set(frontend.service(), which);
+        // Asking who the client is costs a helper call, and nearly always does not matter.
+        let all_alike = frontend.value.serves_all_alike();
+        let which = frontend.value.set_for(if all_alike { Origin::Node } else { client().origin });
+        let set = frontend.set(which);
         if set.count() == 0 {
-            return match set.when_empty() {
+            otherwise = match set.when_empty() {
                 Some(WhenEmpty::Reject) => Connect::Reject,
                 Some(WhenEmpty::Drop) => Connect::Drop,
-                // The record is not written yet or just went: no rule to apply.
+                // No frontend, or one whose record is not written yet or just went: no rule to apply.
                 None => Connect::Untouched,
             };
+            break;
         }
-        let word = tables.affinity(frontend.service());
-        let chosen = if word.timeout_s() == 0 {
+        chosen = if frontend.affinity.timeout_s() == 0 {
             select::pick(tables, set)
         } else {
-            affinity::choose(tables, frontend.service(), which, set, word, client().key)
+            affinity::choose(tables, &frontend, which, client().key)
         };
-        if let Some((id, backend)) = chosen {
-            return Connect::Forward { id, backend };
+        if is_somebody(&chosen) {
+            break;
         }
+        frontend = tables.frontend(key);
     }
-    Connect::Contended
+    let (id, to) = chosen;
+    let id = black_box(id);
+    if id == BackendId::NONE { otherwise } else { Connect::Forward { id, to } }
 }

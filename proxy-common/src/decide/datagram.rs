@@ -1,14 +1,14 @@
-use super::connect::through;
+use super::connect::serve;
 use super::{Client, Connect, Peer, Tables, select};
-use crate::abi::{Address, Backend, DatagramFlow, DatagramKey, DatagramOrigin, FrontendKey, Port, Protocol};
+use crate::abi::{Backend, DatagramFlow, DatagramKey, DatagramOrigin, FrontendKey, Outcome, Protocol};
 
 /// What becomes of a datagram of an unconnected socket.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Sent {
-    /// Follows the flow of an earlier datagram.
-    Followed(Address, Port),
-    /// Was decided like a new connection.
-    New(Connect),
+pub struct Sent {
+    /// Where it goes: to a backend, or where it was sent. Not an enum's payload, see [`super::serve`].
+    pub to: Peer,
+    /// Why.
+    pub outcome: Outcome,
 }
 
 /// Rule B12: one backend per (socket, VIP:port) while it serves and the flow is not idle. The frontend comes first: most
@@ -17,9 +17,12 @@ pub enum Sent {
 /// would go on sending to it for ever).
 #[inline(always)]
 pub fn send(tables: &impl Tables, client: &impl Fn() -> Client, cookie: u64, to: Peer) -> Sent {
-    let frontend = FrontendKey::new(to.0, to.1, Protocol::Udp.number());
-    let Some(frontend) = tables.frontend(&frontend) else { return Sent::New(Connect::Untouched) };
-    let service = frontend.service();
+    let frontend_key = FrontendKey::new(to.0, to.1, Protocol::Udp.number());
+    let frontend = tables.frontend(&frontend_key);
+    if frontend.is_none() {
+        return Sent { to, outcome: Outcome::SendUntouched };
+    }
+    let service = frontend.value.service();
     let key = DatagramKey::new(cookie, to);
     if let Some(mut flow) = tables.datagram_flow(&key) {
         let now_ns = tables.now_ns();
@@ -34,16 +37,26 @@ pub fn send(tables: &impl Tables, client: &impl Fn() -> Client, cookie: u64, to:
             if tables.datagram_origin(&back) != Some(DatagramOrigin::new(to)) {
                 tables.remember_datagram_origin(&back, &DatagramOrigin::new(to));
             }
-            return Sent::Followed(backend.address, backend.port);
+            return Sent { to: (backend.address, backend.port), outcome: Outcome::SendFollowed };
         }
     }
-    let decision = through(tables, client, frontend);
-    if let Connect::Forward { id, backend } = decision {
-        let peer = (backend.address, backend.port);
-        tables.remember_datagram_flow(&key, &DatagramFlow::new(service, id, peer, tables.now_ns()));
-        tables.remember_datagram_origin(&DatagramKey::new(cookie, peer), &DatagramOrigin::new(to));
+    if frontend.value.has_source_ranges() {
+        return Sent { to, outcome: Outcome::SendSourceRangesLeft };
     }
-    Sent::New(decision)
+    let outcome = match serve(tables, client, &frontend_key, frontend) {
+        Connect::Forward { id, to: peer } => {
+            let flow = DatagramFlow::new(service, id, peer, tables.now_ns());
+            tables.remember_datagram_flow(&key, &flow);
+            tables.remember_datagram_origin(&DatagramKey::new(cookie, peer), &DatagramOrigin::new(to));
+            return Sent { to: peer, outcome: Outcome::SendForwarded };
+        }
+        Connect::Untouched => Outcome::SendUntouched,
+        // sendto() of an unconnected socket succeeds whatever becomes of the datagram (B13).
+        Connect::Reject | Connect::Drop => Outcome::SendLeft,
+        Connect::SourceRanges => Outcome::SendSourceRangesLeft,
+        Connect::Contended => Outcome::Contended,
+    };
+    Sent { to, outcome }
 }
 
 /// The VIP to show as the source of a datagram that came from `from`, if it belongs to a flow of this socket.

@@ -15,20 +15,16 @@ pub use datagram::{Sent, receive, send};
 pub use select::get;
 
 use crate::abi::{
-    Address, AffinityEntry, AffinityKey, AffinityWord, Backend, BackendId, DatagramFlow, DatagramKey,
-    DatagramOrigin, FrontendKey, FrontendValue, Port, ServiceId, SetWord, WhichSet,
+    Address, AffinityEntry, AffinityKey, Backend, DatagramFlow, DatagramKey, DatagramOrigin, Frontend,
+    FrontendKey, Port, Slot,
 };
 
 /// What the decision core reads and remembers. Two implementations: the kernel's maps, and memory.
 pub trait Tables {
-    /// `FRONTENDS`.
-    fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue>;
-    /// One set word of a service record, read atomically; [`SetWord::ABSENT`] if there is no such record.
-    fn set(&self, service: ServiceId, which: WhichSet) -> SetWord;
-    /// The affinity word of a service record.
-    fn affinity(&self, service: ServiceId) -> AffinityWord;
+    /// `FRONTENDS`, with the words of the service record, each read atomically; [`Frontend::NONE`] if it is not there.
+    fn frontend(&self, key: &FrontendKey) -> Frontend;
     /// `SLOTS`.
-    fn slot(&self, index: u32) -> Option<BackendId>;
+    fn slot(&self, index: u32) -> Option<Slot>;
     /// `BACKENDS`.
     fn backend(&self, index: u32) -> Option<Backend>;
     /// `AFFINITY`.

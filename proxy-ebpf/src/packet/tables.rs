@@ -7,9 +7,9 @@ use aya_ebpf::{
 };
 use proxy_common::{
     abi::{
-        Address, AffinityEntry, AffinityKey, AffinityWord, Backend, BackendId, DatagramFlow, DatagramKey,
-        DatagramOrigin, Device as DeviceEntry, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey,
-        FrontendValue, Outcome, PacketSettings, Port, ServiceId, SetWord, SnatKey, SourceRange, WhichSet,
+        Address, AffinityEntry, AffinityKey, Backend, DatagramFlow, DatagramKey, DatagramOrigin,
+        Device as DeviceEntry, Flow, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Outcome,
+        PacketSettings, Port, ServiceId, Slot, SnatKey, SourceRange,
         packet::{flow_place, vip_place},
     },
     decide::{
@@ -264,22 +264,12 @@ impl PacketTables for Device {
 /// The tables that both paths share.
 impl Tables for Device {
     #[inline(always)]
-    fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
+    fn frontend(&self, key: &FrontendKey) -> Frontend {
         Maps.frontend(key)
     }
 
     #[inline(always)]
-    fn set(&self, service: ServiceId, which: WhichSet) -> SetWord {
-        Maps.set(service, which)
-    }
-
-    #[inline(always)]
-    fn affinity(&self, service: ServiceId) -> AffinityWord {
-        Maps.affinity(service)
-    }
-
-    #[inline(always)]
-    fn slot(&self, index: u32) -> Option<BackendId> {
+    fn slot(&self, index: u32) -> Option<Slot> {
         Maps.slot(index)
     }
 

@@ -1,7 +1,7 @@
 //! Which ids are given out, kept and used again, and what happens when there are no more.
 
 use proxy_common::abi::{BackendId, BackendState, ClientKey, Origin, Protocol, WhichSet};
-use proxy_common::decide::{self, Client, Connect, Tables};
+use proxy_common::decide::{self, Client, Connect};
 
 use super::world::{READY, endpoint, frontend, plain, port_key};
 use super::*;
@@ -123,7 +123,7 @@ fn a6_switching_affinity_off_and_on_forgets_and_a_timeout_does_not() {
                 ..plain(&key(), &[0], &[1])
             }]));
         }
-        let word = Tables::affinity(&engine.dataplane, 1);
+        let word = engine.dataplane.record(1).affinity;
         (word.timeout_s(), word.epoch())
     };
     let on = epoch_after(&[Some(10)]);

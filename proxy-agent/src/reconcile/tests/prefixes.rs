@@ -4,8 +4,6 @@ use super::world::{check, history, reachable};
 use super::*;
 use crate::reconcile::REST_MS;
 use proxy_common::abi::SetWord;
-use proxy_common::abi::WhichSet;
-use proxy_common::decide::Tables;
 
 /// A program that read a set's word a moment ago may still be on its way to its slots.
 struct LateReader {
@@ -30,7 +28,8 @@ impl LateReader {
 fn late_readers(tables: &Memory, now_ms: u64) -> Vec<LateReader> {
     let frontends = Dataplane::frontends(tables).unwrap();
     let words = frontends.iter().flat_map(|(_, value)| {
-        [WhichSet::Cluster, WhichSet::Local].map(|which| tables.set(value.service(), which))
+        let record = tables.record(value.service());
+        [record.cluster, record.local]
     });
     let reader = |word| LateReader { read_ms: now_ms, word, saw: reachable(tables, word).0 };
     words.filter(|word| word.count() > 0).map(reader).collect()

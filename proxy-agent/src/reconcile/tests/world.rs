@@ -172,8 +172,8 @@ pub(super) fn check(tables: &Memory, worlds: &[&World], adopting: bool) -> Resul
             let client = || Client { origin, key: ClientKey::netns(1 + origin as u64) };
             let decision = decide::connect(tables, &client, (key.address(), key.port()), Protocol::Tcp);
             let fine = match decision {
-                Connect::Forward { backend, .. } => {
-                    allowed.backends.contains(&SocketAddr::new(backend.address.ip(), backend.port.number()))
+                Connect::Forward { to, .. } => {
+                    allowed.backends.contains(&SocketAddr::new(to.0.ip(), to.1.number()))
                 }
                 Connect::Reject => allowed.when_empty.contains(&WhenEmpty::Reject),
                 Connect::Drop => allowed.when_empty.contains(&WhenEmpty::Drop),
@@ -183,11 +183,15 @@ pub(super) fn check(tables: &Memory, worlds: &[&World], adopting: bool) -> Resul
                 Connect::Untouched | Connect::Contended => false,
             };
             prop_assert!(fine, "{key:?} from {origin:?}: {decision:?}, allowed {allowed:?}");
-            let Some(value) = tables.frontend(&key) else { continue };
+            let frontend = tables.frontend(&key);
+            if frontend.is_none() {
+                continue;
+            }
+            let value = frontend.value;
             if value.has_source_ranges() && !adopting {
                 check_ranges(tables, worlds, &key, value)?;
             }
-            let word = tables.set(value.service(), value.set_for(origin));
+            let word = frontend.set(value.set_for(origin));
             let (reachable, stale) = reachable(tables, word);
             prop_assert!(
                 !stale && reachable.is_subset(&allowed.backends),
@@ -203,7 +207,7 @@ pub(super) fn reachable(tables: &Memory, word: SetWord) -> (BTreeSet<SocketAddr>
     let mut found = BTreeSet::new();
     let mut stale = false;
     for slot in word.first()..word.first() + word.count() {
-        match Tables::slot(tables, slot).and_then(|id| decide::get(tables, id)) {
+        match Tables::slot(tables, slot).and_then(|slot| decide::get(tables, slot.id)) {
             Some(backend) => {
                 found.insert(SocketAddr::new(backend.address.ip(), backend.port.number()));
             }

@@ -5,9 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use proxy_common::abi::{
-    Address, AffinityEntry, AffinityKey, AffinityWord, Backend, BackendId, DatagramFlow, DatagramKey,
-    DatagramOrigin, Device, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey, FrontendValue, Outcome,
-    PacketSettings, Port, Prefix, ServiceId, SetWord, SnatKey, WhichSet,
+    Address, AffinityEntry, AffinityKey, Backend, DatagramFlow, DatagramKey, DatagramOrigin, Device, Flow,
+    FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Outcome, PacketSettings, Port, Prefix,
+    ServiceId, Slot, SnatKey,
 };
 use proxy_common::decide::Tables;
 use proxy_common::decide::packet::{FlowEntry, PacketTables, Route};
@@ -266,19 +266,11 @@ impl PacketTables for Maps {
 
 /// The tables that both paths share.
 impl Tables for Maps {
-    fn frontend(&self, key: &FrontendKey) -> Option<FrontendValue> {
+    fn frontend(&self, key: &FrontendKey) -> Frontend {
         self.lab.tables.frontend(key)
     }
 
-    fn set(&self, service: ServiceId, which: WhichSet) -> SetWord {
-        self.lab.tables.set(service, which)
-    }
-
-    fn affinity(&self, service: ServiceId) -> AffinityWord {
-        self.lab.tables.affinity(service)
-    }
-
-    fn slot(&self, index: u32) -> Option<BackendId> {
+    fn slot(&self, index: u32) -> Option<Slot> {
         Tables::slot(&self.lab.tables, index)
     }
 

@@ -173,37 +173,41 @@ pub fn decide(tables: &impl PacketTables, headers: &Headers) -> Decision {
     let Some(protocol) = headers.transport() else { return Decision::Verdict(Verdict::Next) };
     let (source, vip) = (headers.source, headers.destination);
     let key = FrontendKey::new(vip.0, vip.1, headers.protocol);
-    let Some(frontend) = tables.frontend(&key) else { return Decision::Verdict(other(tables, headers)) };
-    if frontend.has_source_ranges() && !tables.lets_in(frontend.service(), &source.0) {
+    let frontend = tables.frontend(&key);
+    if frontend.is_none() {
+        return Decision::Verdict(other(tables, headers));
+    }
+    let value = frontend.value;
+    if value.has_source_ranges() && !tables.lets_in(value.service(), &source.0) {
         tables.count(Outcome::PacketSourceRefused);
         return Decision::Verdict(Verdict::Drop);
     }
     let Some(settings) = tables.settings() else { return Decision::Verdict(Verdict::Next) };
     let origin = origin(tables, settings, &source.0);
     let client = || Client { origin, key: ClientKey::address(source.0) };
-    match serve(tables, &client, &frontend) {
-        Connect::Forward { id, backend } => {
+    match serve(tables, &client, &key, frontend) {
+        Connect::Forward { id, to: backend } => {
             // T2: rewriting a port would need the whole packet's checksum.
-            if matches!(protocol, Protocol::Sctp) && backend.port != vip.1 {
+            if matches!(protocol, Protocol::Sctp) && backend.1 != vip.1 {
                 tables.count(Outcome::PacketRejected);
                 return Decision::Verdict(Verdict::Refuse);
             }
-            let hairpin = backend.address == source.0;
+            let hairpin = backend.0 == source.0;
             let mut flags = 0;
             if matches!(origin, Origin::Node) {
                 // Whatever rule M says: only a replaced source finds its way back here.
                 flags = Flow::OWN_NODE | Flow::NEEDS_SNAT;
-            } else if replaces_source(settings, &frontend, origin, headers.v6, hairpin) {
+            } else if replaces_source(settings, &value, origin, headers.v6, hairpin) {
                 flags = Flow::NEEDS_SNAT;
             }
             Decision::Forward(Flow {
                 vip: vip.0,
-                backend: backend.address,
+                backend: backend.0,
                 backend_id: id,
                 used_ns: tables.now_ns(),
-                service: frontend.service(),
+                service: value.service(),
                 vip_port: vip.1,
-                backend_port: backend.port,
+                backend_port: backend.1,
                 flags,
                 ..Flow::default()
             })
