@@ -38,6 +38,26 @@ pub fn create(path: &Path) -> Result<()> {
     })
 }
 
+/// Stops every process in a cgroup and in those below it, or lets them go on; returns when they have stopped.
+pub fn freeze(path: &Path, frozen: bool) -> Result<()> {
+    let file = path.join("cgroup.freeze");
+    let context = || format!("writing {}", file.display());
+    fs::write(&file, if frozen { "1" } else { "0" }).with_context(context)?;
+    let deadline = Instant::now() + REMOVAL_DEADLINE;
+    let wanted = format!("frozen {}\n", u8::from(frozen));
+    let events = path.join("cgroup.events");
+    while !fs::read_to_string(&events)
+        .with_context(|| format!("reading {}", events.display()))?
+        .contains(&wanted)
+    {
+        if Instant::now() > deadline {
+            bail!("{} is not {}", path.display(), wanted.trim_end());
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
 /// Ends every process in a cgroup and in those below it.
 pub fn kill_all(path: &Path) {
     for directory in directories(path) {

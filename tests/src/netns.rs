@@ -15,7 +15,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::{
+    sched::{CloneFlags, setns, unshare},
+    sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket},
+};
 
 /// One network namespace.
 #[derive(Clone, Debug)]
@@ -108,6 +111,33 @@ impl Netns {
             );
         }
         Ok(())
+    }
+
+    /// Has connection tracking forget every connection of the namespace.
+    pub fn forget_connections(&self) -> Result<()> {
+        // A netlink header (length, type 2 of ctnetlink: delete; request and acknowledgement), and nothing that selects.
+        let request: [u16; 10] = [20, 0, 0x102, 0x5, 0, 0, 0, 0, 0, 0];
+        let request: Vec<u8> = request.into_iter().flat_map(u16::to_ne_bytes).collect();
+        let reply = self.run(|| {
+            let socket = socket(
+                AddressFamily::Netlink,
+                SockType::Raw,
+                SockFlag::SOCK_CLOEXEC,
+                SockProtocol::NetlinkNetFilter,
+            )?;
+            send(socket.as_raw_fd(), &request, MsgFlags::empty())?;
+            let mut reply = [0; 64];
+            let length = recv(socket.as_raw_fd(), &mut reply, MsgFlags::empty())?;
+            nix::Result::Ok(reply.get(..length).unwrap_or_default().to_vec())
+        })?;
+        let reply = reply.context("asking connection tracking (ctnetlink)")?;
+        // Behind the header: zero, or a negated error number.
+        let error = reply.get(16..20).and_then(|error| Some(i32::from_ne_bytes(error.try_into().ok()?)));
+        match error {
+            Some(0) => Ok(()),
+            Some(error) => Err(io::Error::from_raw_os_error(-error)).context("emptying connection tracking"),
+            None => bail!("connection tracking answers {reply:?}"),
+        }
     }
 
     /// Writes kernel settings of the namespace; keys are paths below `/proc/sys`.

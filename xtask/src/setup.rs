@@ -27,13 +27,15 @@ const COMPONENTS: [(&str, &str); 3] = [
 ];
 
 /// Commands that the lab and the tests run, and the Debian packages that have them.
-const COMMANDS: [(&str, &str); 6] = [
+const COMMANDS: [(&str, &str); 8] = [
     ("ip", "iproute2"),
     ("curl", "curl"),
     ("dig", "bind9-dnsutils"),
     ("nft", "nftables"),
     ("ethtool", "ethtool"),
     ("iperf3", "iperf3"),
+    ("xtables-legacy-multi", "iptables"),
+    ("wrk", "wrk"),
 ];
 
 /// What building needs.

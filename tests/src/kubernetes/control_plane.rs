@@ -12,6 +12,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use nix::sys::{prctl::set_pdeathsig, signal::Signal};
 use serde_json::{Value, json};
 
@@ -21,7 +22,7 @@ use super::{
 };
 use crate::{
     kubernetes::account::kubeconfig,
-    lab::{Lab, Place},
+    lab::{Lab, Node, Place},
 };
 
 /// Two seconds on a quiet machine.
@@ -48,6 +49,9 @@ const CONTROLLERS: [&str; 5] = [
     "namespace-controller",
     "service-cidr-controller",
 ];
+
+/// The most that etcd takes in one transaction.
+const PUTS_AT_ONCE: usize = 128;
 
 /// How much of a log an error quotes.
 const LOG_TAIL_LINES: usize = 20;
@@ -158,6 +162,42 @@ impl ControlPlane {
         let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
         // The last line may be half written.
         Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
+    }
+
+    /// Puts objects where the API server finds them, without asking it: a hundred thousand take seconds. Nobody checks
+    /// them, and no controller is asked for addresses. `key` is what the API server would store an object under, without
+    /// the leading `/registry/`.
+    pub fn store(&self, objects: impl IntoIterator<Item = (String, Value)>) -> Result<()> {
+        let put = |(key, object): (String, Value)| json!({"requestPut": {"key": BASE64.encode(format!("/registry/{key}")), "value": BASE64.encode(object.to_string())}});
+        let mut puts = objects.into_iter().map(put).peekable();
+        while puts.peek().is_some() {
+            let some: Vec<_> = puts.by_ref().take(PUTS_AT_ONCE).collect();
+            let answer = self.etcd_call("/v3/kv/txn", &json!({"success": some}))?;
+            ensure!(answer["succeeded"] == json!(true), "etcd says {answer}");
+        }
+        Ok(())
+    }
+
+    /// Links a node of another lab with the control plane, by a cable of its own; `number` differs by node. Returns a
+    /// kubeconfig of the administrator, which lies in the node's directory.
+    pub fn join(&self, node: &Node, number: u8) -> Result<PathBuf> {
+        let (near, far) = (number * 2, number * 2 + 1);
+        node.host().netns().ip(&format!(
+            "link add cable type veth peer name cable{number} netns {}\n\
+             address add 192.0.2.{near}/31 dev cable\n\
+             link set cable up\n",
+            self.machine.netns().path().display()
+        ))?;
+        self.machine
+            .netns()
+            .ip(&format!("address add 192.0.2.{far}/31 dev cable{number}\nlink set cable{number} up\n"))?;
+        let mut config = kubeconfig(self, &json!({"token": ADMIN_TOKEN}));
+        // The server's certificate does not name this address.
+        config["clusters"][0]["cluster"] =
+            json!({"server": format!("https://192.0.2.{far}:{PORT}"), "insecure-skip-tls-verify": true});
+        let path = node.directory().join("admin.conf");
+        fs::write(&path, config.to_string()).with_context(|| format!("writing {}", path.display()))?;
+        Ok(path)
     }
 
     fn etcd_call(&self, path: &str, body: &Value) -> Result<Value> {
@@ -275,8 +315,21 @@ impl ControlPlane {
         Ok(command)
     }
 
-    fn spawn(&self, name: &'static str, mut command: Command) -> Result<Process> {
-        let log = self.file(&format!("{name}.log"));
+    fn spawn(&self, name: &'static str, command: Command) -> Result<Process> {
+        Process::spawn(name, command, self.file(&format!("{name}.log")))
+    }
+}
+
+/// A process of the control plane, or of a node's. It is killed when dropped: nothing of a lab is worth a good end.
+#[derive(Debug)]
+pub(super) struct Process {
+    name: &'static str,
+    child: Child,
+    log: PathBuf,
+}
+
+impl Process {
+    pub(super) fn spawn(name: &'static str, mut command: Command, log: PathBuf) -> Result<Self> {
         let output = File::options().create(true).append(true).open(&log);
         let output = output.with_context(|| format!("opening {}", log.display()))?;
         // SAFETY: between fork and exec the closure makes one system call.
@@ -291,20 +344,14 @@ impl ControlPlane {
             .stderr(output)
             .spawn()
             .with_context(|| format!("starting {name}"))?;
-        Ok(Process { name, child, log })
+        Ok(Self { name, child, log })
     }
-}
 
-/// A process of the control plane. It is killed when dropped: nothing of a lab is worth a good end.
-#[derive(Debug)]
-struct Process {
-    name: &'static str,
-    child: Child,
-    log: PathBuf,
-}
+    pub(super) fn id(&self) -> u32 {
+        self.child.id()
+    }
 
-impl Process {
-    fn check(&mut self) -> Result<()> {
+    pub(super) fn check(&mut self) -> Result<()> {
         if let Some(status) = self.child.try_wait().with_context(|| format!("looking after {}", self.name))? {
             bail!("{} ended early ({status}); its log ends:\n{}", self.name, self.log_tail());
         }

@@ -7,4 +7,5 @@ pub mod account;
 pub mod api;
 pub mod cluster;
 pub mod control_plane;
+pub mod kube_proxy;
 pub mod programs;

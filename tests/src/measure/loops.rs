@@ -292,6 +292,39 @@ pub(super) fn await_all(targets: &[SocketAddr], source: IpAddr, timeout: Duratio
     Ok(all)
 }
 
+/// Destinations that are tried once the last one answers.
+const SAMPLE: usize = 64;
+
+/// How long an answer may take: on a busy machine, but before a second SYN.
+const ANSWERED_WITHIN: Duration = Duration::from_millis(500);
+
+pub(super) fn await_answers(targets: &[SocketAddr], timeout: Duration) -> Result<All> {
+    let deadline = Instant::now() + timeout;
+    let Some(last) = targets.last() else { bail!("no destinations") };
+    let answers = |target: &SocketAddr| -> Result<()> {
+        let mut stream = TcpStream::connect_timeout(target, ANSWERED_WITHIN).context("connecting")?;
+        stream.set_read_timeout(Some(ANSWERED_WITHIN)).context("SO_RCVTIMEO")?;
+        round_trip(&mut stream)
+    };
+    while let Err(error) = answers(last) {
+        if Instant::now() > deadline {
+            return Err(error).with_context(|| format!("{last} did not answer within {timeout:?}"));
+        }
+        thread::sleep(LOOK_PAUSE);
+    }
+    let mut all = All { last_ns: monotonic_ns(), ..All::default() };
+    for target in targets.iter().step_by(targets.len().div_ceil(SAMPLE)) {
+        while let Err(error) = answers(target) {
+            all.late += 1;
+            if Instant::now() > deadline {
+                return Err(error).with_context(|| format!("{target} did not answer within {timeout:?}"));
+            }
+        }
+    }
+    all.all_ns = monotonic_ns();
+    Ok(all)
+}
+
 pub(super) fn family_of(address: SocketAddr) -> AddressFamily {
     if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
 }

@@ -9,16 +9,19 @@ mod loops;
 mod server;
 
 use std::{
+    fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::{Path, PathBuf},
     time::Duration,
 };
 
 use anyhow::{Context, Result, bail};
+use nix::sched::{CloneFlags, setns};
 use serde::{Deserialize, Serialize};
 
 use self::{
     cpu::pin,
-    loops::{await_all, await_change, run},
+    loops::{await_all, await_answers, await_change, run},
     server::serve,
 };
 use crate::client::Client;
@@ -63,6 +66,13 @@ pub enum Order {
         targets: u64,
         /// The source address that tells a backend.
         source: IpAddr,
+        /// When to give up.
+        timeout: Duration,
+    },
+    /// Talks over TCP until the last destination answers, and then a sample of the others, each of which must at once.
+    AwaitAnswers {
+        /// The destinations.
+        targets: u64,
         /// When to give up.
         timeout: Duration,
     },
@@ -119,6 +129,8 @@ pub struct Slice {
     pub seed: u64,
     /// The source address of sockets that are led to a backend; checked before the slice.
     pub source: Option<IpAddr>,
+    /// The network namespace in which the client measures, and stays; its own if absent.
+    pub netns: Option<PathBuf>,
 }
 
 /// What a slice has given.
@@ -203,6 +215,14 @@ impl Client {
         Ok(all)
     }
 
+    /// Waits until the last destination answers over TCP; a sample of the others must have begun to before.
+    pub fn await_answers(&self, targets: u64, timeout: Duration) -> Result<All> {
+        let Outcome::All(all) = self.order(Order::AwaitAnswers { targets, timeout })? else {
+            bail!("no times came back")
+        };
+        Ok(all)
+    }
+
     fn order(&self, order: Order) -> Result<Outcome> {
         let outcome = self.measure(order)?;
         if let Outcome::Failed(error) = &outcome {
@@ -210,6 +230,12 @@ impl Client {
         }
         Ok(outcome)
     }
+}
+
+/// Takes the calling thread into a network namespace.
+fn enter(path: &Path) -> Result<()> {
+    let file = fs::File::open(path).with_context(|| format!("opening {}", path.display()))?;
+    setns(file, CloneFlags::CLONE_NEWNET).context("entering a network namespace")
 }
 
 /// What a client keeps between orders.
@@ -231,6 +257,9 @@ impl Bench {
             }
             Order::Run(slice) => {
                 pin(slice.cpu)?;
+                if let Some(path) = &slice.netns {
+                    enter(path)?;
+                }
                 run(&slice, self.get(slice.targets)?).map(Outcome::Samples)
             }
             Order::Serve { port, cpu } => {
@@ -245,6 +274,9 @@ impl Bench {
             }
             Order::AwaitAll { targets, source, timeout } => {
                 await_all(self.get(targets)?, source, timeout).map(Outcome::All)
+            }
+            Order::AwaitAnswers { targets, timeout } => {
+                await_answers(self.get(targets)?, timeout).map(Outcome::All)
             }
         }
     }

@@ -26,7 +26,7 @@ pub(crate) fn measure(
     effort: &Effort,
     report: &mut Report,
 ) -> Result<()> {
-    world.move_client(Side::Inside)?;
+    world.admit(world.client(), Side::Inside)?;
     if options.wants("a1") {
         cold_starts(world, effort, report)?;
     } else {

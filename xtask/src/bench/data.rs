@@ -2,24 +2,59 @@
 
 use std::net::SocketAddr;
 
-use anyhow::Result;
-use sheave_tests::measure::{Slice, Spinners, What, cpu_ns};
+use anyhow::{Context, Result};
+use sheave_tests::{
+    client::Client,
+    kubernetes::kube_proxy::Mode,
+    measure::{Slice, Spinners, What, cpu_ns},
+};
 
 use super::{
     Effort, Options, go_on,
+    peers::{Hub, Peer},
     report::{Report, Row},
     scale::{Family, Group},
     stats::{Estimate, quantile, sorted},
     world::{CLIENT_CPU, SERVER_CPU, Side, World},
 };
 
-/// The arms, in the order of an even round.
-const ARMS: [(&str, Side); 4] = [
-    ("direct", Side::Outside),
-    ("vip", Side::Inside),
-    ("bystander", Side::Inside),
-    ("direct again", Side::OutsideAgain),
-];
+/// The worlds in which the data path is measured. They are built alike.
+pub(crate) struct Worlds {
+    /// Without any proxy.
+    pub(crate) direct: World,
+    /// Another such.
+    pub(crate) again: World,
+    /// With our agent, which has synced.
+    pub(crate) sheave: World,
+    /// With kube-proxy, which has synced.
+    pub(crate) peers: Vec<Peer>,
+    /// Who feeds kube-proxy.
+    pub(crate) hub: Option<Hub>,
+}
+
+impl Worlds {
+    /// Stops whoever serves, so that what they do is not part of `work`.
+    fn still<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let freeze = |frozen| -> Result<()> {
+            self.hub.iter().try_for_each(|hub| hub.freeze(frozen))?;
+            self.peers.iter().try_for_each(|peer| peer.freeze(frozen))
+        };
+        freeze(true)?;
+        let result = self.sheave.with_agent_still(work);
+        freeze(false)?;
+        result
+    }
+}
+
+/// One way to a backend.
+struct Arm<'a> {
+    name: &'static str,
+    world: &'a World,
+    side: Side,
+    targets: u64,
+    /// Whether a socket's own address tells that it is led to a backend: kube-proxy leads packets, not sockets.
+    told: bool,
+}
 
 /// A metric of the data path.
 struct Metric {
@@ -60,44 +95,70 @@ const METRICS: [Metric; 7] = [
     },
 ];
 
-/// Measures all that is wanted in a world whose agent has synced.
-pub(crate) fn measure(world: &World, options: &Options, effort: &Effort, report: &mut Report) -> Result<()> {
+impl Metric {
+    fn has_packets(&self) -> bool {
+        !matches!(self.what, What::UdpConnect | What::UdpSocket)
+    }
+}
+
+/// Measures all that is wanted.
+pub(crate) fn measure(
+    worlds: &Worlds,
+    options: &Options,
+    effort: &Effort,
+    report: &mut Report,
+) -> Result<()> {
+    let Worlds { direct, again, sheave, .. } = worlds;
+    // One process measures every arm, so that the places of its memory are no difference between arms.
+    let client = sheave.client();
     for family in [Family::V4, Family::V6] {
-        let vips = world.client().targets(world.scale.vips(family))?;
-        let backends = world.scale.backends(family);
-        let direct = world.client().targets(backends.clone())?;
-        let inside = |address: &SocketAddr| SocketAddr::new(address.ip(), world.inside_port());
-        let bystander = world.client().targets(backends.iter().map(inside).collect())?;
+        let vips = client.targets(sheave.scale.vips(family))?;
+        let backends = sheave.scale.backends(family);
+        let inside = |address: &SocketAddr| SocketAddr::new(address.ip(), sheave.inside_port());
+        let bystander = client.targets(backends.iter().map(inside).collect())?;
+        let backends = client.targets(backends)?;
+        let arm = |name, world, side, targets| Arm { name, world, side, targets, told: true };
         for metric in METRICS.iter().filter(|metric| options.wants(metric.id)) {
-            let row = world
-                .with_agent_still(|| one(world, metric, family, effort, [direct, vips, bystander, direct]))?;
+            let mut arms = vec![
+                arm("direct", direct, Side::Outside, backends),
+                arm("vip", sheave, Side::Inside, vips),
+                arm("bystander", sheave, Side::Inside, bystander),
+            ];
+            if metric.has_packets() && family == Family::V4 {
+                for peer in &worlds.peers {
+                    let name = match peer.mode {
+                        Mode::Nftables => "kube-proxy nft",
+                        Mode::Iptables => "kube-proxy ipt",
+                    };
+                    arms.push(Arm { told: false, ..arm(name, &peer.world, Side::Outside, vips) });
+                }
+            }
+            arms.push(arm("direct again", again, Side::Outside, backends));
+            let row = worlds.still(|| one(client, metric, family, effort, &arms))?;
             report.add(row);
         }
     }
     Ok(())
 }
 
-fn one(world: &World, metric: &Metric, family: Family, effort: &Effort, targets: [u64; 4]) -> Result<Row> {
+fn one(client: &Client, metric: &Metric, family: Family, effort: &Effort, arms: &[Arm<'_>]) -> Result<Row> {
     // Whatever shares a CPU keeps it awake by itself.
     let spinners = if metric.same_cpu { None } else { Some(Spinners::start(CLIENT_CPU + 1)?) };
-    let mut values = vec![Vec::new(); ARMS.len()];
-    let mut p99 = vec![Vec::new(); ARMS.len()];
+    let mut values = vec![Vec::new(); arms.len()];
+    let mut p99 = vec![Vec::new(); arms.len()];
     for round in 0..=effort.rounds {
-        let mut order: Vec<usize> = (0..ARMS.len()).collect();
+        let mut order: Vec<_> = arms.iter().zip(values.iter_mut().zip(&mut p99)).collect();
         if round % 2 == 1 {
             order.reverse();
         }
-        for arm in order {
+        for (arm, (values, p99)) in order {
             go_on()?;
-            let Some((side, targets)) = ARMS.get(arm).map(|arm| arm.1).zip(targets.get(arm)) else {
-                continue;
-            };
-            world.move_client(side)?;
-            let (value, tail) = slice(world, metric, family, effort, *targets, u64::from(round))?;
+            let (value, tail) = slice(client, metric, family, effort, arm, u64::from(round))
+                .with_context(|| format!("{} {}, {}", metric.name, family.name(), arm.name))?;
             // The first round fills caches and neighbour tables.
             if round > 0 {
-                values[arm].push(value);
-                p99[arm].push(tail);
+                values.push(value);
+                p99.push(tail);
             }
         }
     }
@@ -106,21 +167,19 @@ fn one(world: &World, metric: &Metric, family: Family, effort: &Effort, targets:
     let ratios = |arm: usize| -> Vec<f64> {
         values[arm].iter().zip(&direct).map(|(value, direct)| value / direct).collect()
     };
-    let arms = ARMS.iter().enumerate().map(|(index, (name, _))| {
-        let ratio = (index > 0).then(|| Estimate::of(&ratios(index)));
-        super::report::Arm {
-            name: (*name).to_owned(),
-            value: Estimate::of(&values[index]),
-            ratio,
-            p99: Estimate::of(&p99[index]).median,
-            rounds: values[index].clone(),
-        }
+    let services = arms.first().map_or(0, |arm| arm.world.scale.services);
+    let arms = arms.iter().enumerate().map(|(index, arm)| super::report::Arm {
+        name: arm.name.to_owned(),
+        value: Estimate::of(&values[index]),
+        ratio: (index > 0).then(|| Estimate::of(&ratios(index))),
+        p99: Estimate::of(&p99[index]).median,
+        rounds: values[index].clone(),
     });
     Ok(Row {
         id: metric.id.to_owned(),
         name: format!("{} {}", metric.name, family.name()),
         unit: if metric.what == What::Stream { "CPU-ns/kB" } else { "ns" }.to_owned(),
-        services: world.scale.services,
+        services,
         target: metric.target,
         arms: arms.collect(),
     })
@@ -128,25 +187,35 @@ fn one(world: &World, metric: &Metric, family: Family, effort: &Effort, targets:
 
 /// A slice's value, and its 99th percentile where it has samples.
 fn slice(
-    world: &World,
+    client: &Client,
     metric: &Metric,
     family: Family,
     effort: &Effort,
-    targets: u64,
+    arm: &Arm<'_>,
     seed: u64,
 ) -> Result<(f64, f64)> {
-    let cpu = Some(if metric.same_cpu { SERVER_CPU } else { CLIENT_CPU });
-    let source = Some(World::source(family, Group::A));
-    let used = || world.ends().into_iter().map(cpu_ns).sum::<Result<u64>>();
+    let Arm { world, side, targets, .. } = *arm;
+    world.admit(client, side)?;
+    // Old entries would make new connections look cheap.
+    world.node()?.host().netns().forget_connections()?;
+    let slice = Slice {
+        what: metric.what,
+        targets,
+        duration: effort.slice,
+        cpu: Some(if metric.same_cpu { SERVER_CPU } else { CLIENT_CPU }),
+        seed: seed + 1,
+        source: arm.told.then(|| World::source(family, Group::A)),
+        netns: Some(world.client_netns()?),
+    };
+    let used = || world.servers().chain([client.pid()]).map(cpu_ns).sum::<Result<u64>>();
     let before = used()?;
-    let slice = Slice { what: metric.what, targets, duration: effort.slice, cpu, seed: seed + 1, source };
-    let samples = world.client().slice(slice)?;
+    let samples = client.slice(slice)?;
     if metric.what == What::Stream {
         let value = (used()? - before) as f64 / samples.bytes as f64 * 1000.0;
         return Ok((value, value));
     }
     let ns = sorted(&samples.ns);
     // Batches without packets have no tail but interruptions: the cheapest tenth is the cost.
-    let part = if matches!(metric.what, What::UdpConnect | What::UdpSocket) { 0.1 } else { 0.5 };
+    let part = if metric.has_packets() { 0.5 } else { 0.1 };
     Ok((quantile(&ns, part), quantile(&ns, 0.99)))
 }

@@ -7,6 +7,7 @@
 mod api;
 mod control;
 mod data;
+mod peers;
 mod plot;
 mod report;
 mod scale;
@@ -25,12 +26,22 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use nix::sys::signal::{SigSet, Signal};
+use sheave_tests::kubernetes::kube_proxy::Mode;
 
-use self::{report::Report, scale::Scale, world::World};
+use self::{
+    data::Worlds,
+    peers::{Hub, Peer},
+    report::Report,
+    scale::Scale,
+    world::World,
+};
 use crate::{build::Binaries, shell::seconds};
 
 /// Half the width of the interval around one that two equal arms may have.
 pub(crate) const NOISE_MAX: f64 = 0.02;
+
+/// Endpoints of each Service.
+const ENDPOINTS: u32 = 10;
 
 /// Set once the binaries are found through variables.
 const PREPARED: &str = "SHEAVE_BENCH_PREPARED";
@@ -50,6 +61,9 @@ pub(crate) struct Options {
     /// Only shows that everything works: short, and void as a measurement
     #[arg(long, conflicts_with = "full")]
     smoke: bool,
+    /// Without kube-proxy: needs no program of Kubernetes
+    #[arg(long)]
+    alone: bool,
     /// Metrics: p1 p2 p3 p4 p5 a1 a2 a4 a6 (a4 has a5, p1 has p7 and p12); without, all of these. Only when named: api,
     /// an agent beside a real API server, which takes ten minutes at 10,000 Services
     ids: Vec<String>,
@@ -85,7 +99,7 @@ impl Options {
 
     /// Whether a real API server is needed.
     pub(crate) fn wants_api_server(&self) -> bool {
-        self.ids.iter().any(|wanted| wanted.eq_ignore_ascii_case(api::ID))
+        !self.alone || self.ids.iter().any(|wanted| wanted.eq_ignore_ascii_case(api::ID))
     }
 
     pub(crate) fn wants(&self, id: &str) -> bool {
@@ -93,19 +107,26 @@ impl Options {
     }
 }
 
+/// Whether this process was told where the binaries are.
+pub(crate) fn is_prepared() -> bool {
+    env::var_os(PREPARED).is_some()
+}
+
+/// Becomes the same command with the binaries in variables: the lab finds them by these, and a process cannot safely
+/// change its own.
+pub(crate) fn prepared(binaries: &Binaries) -> Result<()> {
+    let own = env::current_exe().context("asking for this program's own path")?;
+    let error = Command::new(own)
+        .args(env::args_os().skip(1))
+        .env("SHEAVE_BIN", &binaries.sheave)
+        .env("SHEAVE_LAB_CLIENT", &binaries.lab_client)
+        .env(PREPARED, "1")
+        .exec();
+    Err(error).context("starting the benchmark")
+}
+
 /// Runs the benchmark and writes `target/bench/`.
-pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<()> {
-    if env::var_os(PREPARED).is_none() {
-        // The lab finds its binaries by these variables; a process cannot safely change its own.
-        let own = env::current_exe().context("asking for this program's own path")?;
-        let error = Command::new(own)
-            .args(env::args_os().skip(1))
-            .env("SHEAVE_BIN", &binaries.sheave)
-            .env("SHEAVE_LAB_CLIENT", &binaries.lab_client)
-            .env(PREPARED, "1")
-            .exec();
-        return Err(error).context("starting the benchmark");
-    }
+pub(crate) fn run(options: &Options) -> Result<()> {
     for id in &options.ids {
         let known = ["p1", "p2", "p3", "p4", "p5", "a1", "a2", "a4", "a6", api::ID];
         if !known.contains(&id.to_lowercase().as_str()) {
@@ -127,29 +148,52 @@ pub(crate) fn run(options: &Options, binaries: &Binaries) -> Result<()> {
     for services in &effort.sizes {
         let data = ["p1", "p2", "p3", "p4", "p5"].iter().any(|id| options.wants(id));
         if data {
-            let scale =
-                Scale { services: *services, endpoints: 10, dual_stack: true, protocols: &["TCP", "UDP"] };
-            let mut world = World::new(scale)?;
-            let synced = world.start_agent()?;
-            println!("── {services} Services, both families: synced after {}", seconds(synced));
-            data::measure(&world, options, &effort, &mut report)?;
+            let worlds = worlds(*services, options)?;
+            data::measure(&worlds, options, &effort, &mut report)?;
         }
         if ["a1", "a2", "a4", "a6"].iter().any(|id| options.wants(id)) {
             let scale = Scale { services: *services, endpoints: 10, dual_stack: false, protocols: &["UDP"] };
             let mut world = World::new(scale)?;
+            world.write_manifests()?;
             println!("── {services} Services, control plane");
             control::measure(&mut world, options, &effort, &mut report)?;
         }
         // What there is so far is kept if a larger size fails.
         report.write()?;
     }
-    if options.wants_api_server() {
+    if options.ids.iter().any(|wanted| wanted.eq_ignore_ascii_case(api::ID)) {
         api::measure(&effort, &mut report)?;
     }
     report.growth();
     report.write()?;
     println!("── all of it took {}; see {}", seconds(started.elapsed()), report.directory().display());
     Ok(())
+}
+
+/// The worlds of the data path at a size, each with its proxy at work.
+fn worlds(services: u32, options: &Options) -> Result<Worlds> {
+    let scale = Scale { services, endpoints: ENDPOINTS, dual_stack: true, protocols: &["TCP", "UDP"] };
+    let mut peers = Vec::new();
+    let mut hub = None;
+    if !options.alone {
+        // One family is enough for what takes minutes.
+        let scale = Scale { dual_stack: false, ..scale };
+        let new = Hub::new(&scale)?;
+        for (number, mode) in [(1, Mode::Nftables), (2, Mode::Iptables)] {
+            go_on()?;
+            let started = Instant::now();
+            let mut peer = Peer::start(&new, World::new(scale)?, number, mode)?;
+            let synced = peer.await_synced(started)?;
+            println!("── {services} Services, kube-proxy {}: serves after {}", mode.name(), seconds(synced));
+            peers.push(peer);
+        }
+        hub = Some(new);
+    }
+    let mut sheave = World::new(scale)?;
+    sheave.write_manifests()?;
+    let synced = sheave.start_agent()?;
+    println!("── {services} Services, Sheave, both families: synced after {}", seconds(synced));
+    Ok(Worlds { direct: World::new(scale)?, again: World::new(scale)?, sheave, peers, hub })
 }
 
 /// Ends the work when somebody pressed Ctrl-C; what is dropped on the way up removes itself.

@@ -137,6 +137,17 @@ impl Scale {
         (0..count).map(|index| index * (self.services / count)).collect()
     }
 
+    /// Everything, as an API server has it.
+    pub(crate) fn objects(&self) -> impl Iterator<Item = Value> + use<> {
+        let (scale, movable) = (*self, self.movable());
+        (0..self.services).flat_map(move |service| {
+            let endpoints = if movable.contains(&service) { 1 } else { scale.endpoints };
+            let slices = Self { endpoints, ..scale };
+            let slice = move |family: &Family| slices.slice(service, *family, Group::A);
+            [scale.service(service)].into_iter().chain(scale.families().iter().map(slice))
+        })
+    }
+
     /// Writes everything.
     pub(crate) fn write(&self, directory: &Path) -> Result<()> {
         let movable = self.movable();

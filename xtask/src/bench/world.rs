@@ -33,8 +33,6 @@ pub(crate) enum Side {
     Inside,
     /// In a cgroup under no program.
     Outside,
-    /// In another such cgroup.
-    OutsideAgain,
 }
 
 /// See the module.
@@ -51,13 +49,11 @@ pub(crate) struct World {
 }
 
 impl World {
-    /// Makes the lab and writes the manifests; no agent yet.
+    /// Makes the lab; nobody serves its Services.
     pub(crate) fn new(scale: Scale) -> Result<Self> {
         let lab = Lab::new(3)?;
         let node = lab.node(0)?;
         lay_routes(node)?;
-        lab.manifests().write("node", &[lab_node(node)])?;
-        scale.write(lab.manifests().path())?;
         let client_pod = node.pod(0)?;
         // Many connections of one address to one VIP: what a busy client's namespace has set.
         client_pod
@@ -71,9 +67,7 @@ impl World {
             scale,
             inside_port: TARGET_PORT + 1,
         };
-        for side in [Side::Outside, Side::OutsideAgain] {
-            cgroup::create(&world.cgroup(side)?)?;
-        }
+        cgroup::create(&world.cgroup(Side::Outside)?)?;
         world.start_servers()?;
         Ok(world)
     }
@@ -107,9 +101,15 @@ impl World {
         &self.client
     }
 
-    /// The processes of a measured connection's two ends.
-    pub(crate) fn ends(&self) -> Vec<u32> {
-        self.servers.iter().chain([&self.client]).map(Client::pid).collect()
+    /// The servers' processes.
+    pub(crate) fn servers(&self) -> impl Iterator<Item = u32> {
+        self.servers.iter().map(Client::pid)
+    }
+
+    /// Writes the manifests.
+    pub(crate) fn write_manifests(&self) -> Result<()> {
+        self.lab.manifests().write("node", &[lab_node(self.node()?)])?;
+        self.scale.write(self.lab.manifests().path())
     }
 
     /// The agent, if it runs.
@@ -166,16 +166,19 @@ impl World {
         Ok(match side {
             Side::Inside => self.lab.pod(0)?.cgroup().to_owned(),
             Side::Outside => self.lab.cgroup().join("bench-outside"),
-            Side::OutsideAgain => self.lab.cgroup().join("bench-again"),
         })
     }
 
-    /// Puts the client into a cgroup. The same process measures every arm, so that the places of its memory are no
-    /// difference between arms; its sockets belong to the cgroup in which they are made.
-    pub(crate) fn move_client(&self, side: Side) -> Result<()> {
+    /// Puts a client into a cgroup of this world. Its sockets belong to the cgroup in which they are made.
+    pub(crate) fn admit(&self, client: &Client, side: Side) -> Result<()> {
         let members = self.cgroup(side)?.join("cgroup.procs");
-        fs::write(&members, self.client.pid().to_string())
-            .with_context(|| format!("moving the client to {}", members.display()))
+        fs::write(&members, client.pid().to_string())
+            .with_context(|| format!("moving a client to {}", members.display()))
+    }
+
+    /// Where a measuring client's sockets are made: the client pod's namespace.
+    pub(crate) fn client_netns(&self) -> Result<PathBuf> {
+        Ok(self.lab.pod(0)?.netns().path())
     }
 
     /// The source address of the client's sockets towards a group.
