@@ -53,7 +53,7 @@ struct Info {
 }
 
 /// `attr` must be laid out as the command wants it; pointers in it must be valid for what the command does with them.
-unsafe fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<i32> {
+pub(crate) unsafe fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<i32> {
     // SAFETY: the caller's.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { i32::try_from(result).map_err(io::Error::other) }

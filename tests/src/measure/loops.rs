@@ -295,26 +295,21 @@ pub(super) fn await_all(targets: &[SocketAddr], source: IpAddr, timeout: Duratio
 /// Destinations that are tried once the last one answers.
 const SAMPLE: usize = 64;
 
-/// How long an answer may take: on a busy machine, but before a second SYN.
+/// How long the last destination's answer is waited for before it is asked again, and how long any other's.
+const ASKED_AGAIN: Duration = Duration::from_millis(20);
 const ANSWERED_WITHIN: Duration = Duration::from_millis(500);
 
 pub(super) fn await_answers(targets: &[SocketAddr], timeout: Duration) -> Result<All> {
     let deadline = Instant::now() + timeout;
     let Some(last) = targets.last() else { bail!("no destinations") };
-    let answers = |target: &SocketAddr| -> Result<()> {
-        let mut stream = TcpStream::connect_timeout(target, ANSWERED_WITHIN).context("connecting")?;
-        stream.set_read_timeout(Some(ANSWERED_WITHIN)).context("SO_RCVTIMEO")?;
-        round_trip(&mut stream)
-    };
-    while let Err(error) = answers(last) {
+    while let Err(error) = answers(last, ASKED_AGAIN) {
         if Instant::now() > deadline {
             return Err(error).with_context(|| format!("{last} did not answer within {timeout:?}"));
         }
-        thread::sleep(LOOK_PAUSE);
     }
     let mut all = All { last_ns: monotonic_ns(), ..All::default() };
     for target in targets.iter().step_by(targets.len().div_ceil(SAMPLE)) {
-        while let Err(error) = answers(target) {
+        while let Err(error) = answers(target, ANSWERED_WITHIN) {
             all.late += 1;
             if Instant::now() > deadline {
                 return Err(error).with_context(|| format!("{target} did not answer within {timeout:?}"));
@@ -323,6 +318,21 @@ pub(super) fn await_answers(targets: &[SocketAddr], timeout: Duration) -> Result
     }
     all.all_ns = monotonic_ns();
     Ok(all)
+}
+
+/// Asks from a new socket, so that nothing of an earlier question is in the way.
+fn answers(target: &SocketAddr, within: Duration) -> Result<()> {
+    let descriptor = new_socket(family_of(*target), SockType::Datagram)?;
+    connect(descriptor.as_raw_fd(), &SockaddrStorage::from(*target)).context("connect (UDP)")?;
+    let socket = UdpSocket::from(descriptor);
+    let asked = |error| {
+        thread::sleep(LOOK_PAUSE);
+        error
+    };
+    socket.set_read_timeout(Some(within)).context("SO_RCVTIMEO")?;
+    socket.send(&[ECHO]).map_err(asked).context("asking")?;
+    socket.recv(&mut [0]).map_err(asked).context("waiting for an answer")?;
+    Ok(())
 }
 
 pub(super) fn family_of(address: SocketAddr) -> AddressFamily {

@@ -6,6 +6,7 @@
 
 mod cpu;
 mod loops;
+pub mod packets;
 mod server;
 
 use std::{
@@ -69,7 +70,7 @@ pub enum Order {
         /// When to give up.
         timeout: Duration,
     },
-    /// Talks over TCP until the last destination answers, and then a sample of the others, each of which must at once.
+    /// Asks over UDP until the last destination answers, and then a sample of the others, each of which must at once.
     AwaitAnswers {
         /// The destinations.
         targets: u64,
@@ -215,7 +216,7 @@ impl Client {
         Ok(all)
     }
 
-    /// Waits until the last destination answers over TCP; a sample of the others must have begun to before.
+    /// Waits until the last destination answers over UDP; a sample of the others must have begun to before.
     pub fn await_answers(&self, targets: u64, timeout: Duration) -> Result<All> {
         let Outcome::All(all) = self.order(Order::AwaitAnswers { targets, timeout })? else {
             bail!("no times came back")

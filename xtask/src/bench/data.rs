@@ -10,13 +10,20 @@ use sheave_tests::{
 };
 
 use super::{
-    Effort, Options, go_on,
+    Effort, NOISE_MAX, Options, go_on,
     peers::{Hub, Peer},
-    report::{Report, Row},
+    report::Report,
+    row::{AGAIN, Goal, Row},
     scale::{Family, Group},
     stats::{Estimate, quantile, sorted},
     world::{CLIENT_CPU, SERVER_CPU, Side, World},
 };
+
+/// Names of arms.
+const DIRECT: &str = "direct";
+const SHEAVE: &str = "sheave";
+pub(crate) const NFTABLES: &str = "kube-proxy nftables";
+pub(crate) const IPTABLES: &str = "kube-proxy iptables";
 
 /// The worlds in which the data path is measured. They are built alike.
 pub(crate) struct Worlds {
@@ -65,34 +72,25 @@ struct Metric {
     same_cpu: bool,
     /// The largest ratio to the direct arm that the targets allow.
     target: Option<f64>,
+    /// The same for who is under our programs and uses no Service.
+    bystander: Option<f64>,
+    /// The largest ratio to kube-proxy's older way.
+    peer: Option<f64>,
+}
+
+const fn metric(id: &'static str, name: &'static str, what: What, target: Option<f64>) -> Metric {
+    let same_cpu = matches!(what, What::TcpRr | What::Stream | What::UdpExchange);
+    Metric { id, name, what, same_cpu, target, bystander: None, peer: None }
 }
 
 const METRICS: [Metric; 7] = [
-    Metric { id: "p1", name: "UDP connect", what: What::UdpConnect, same_cpu: false, target: Some(1.06) },
-    Metric {
-        id: "p1",
-        name: "UDP socket+connect+close",
-        what: What::UdpSocket,
-        same_cpu: false,
-        target: None,
-    },
-    Metric { id: "p1", name: "TCP connect", what: What::TcpConnect, same_cpu: false, target: Some(1.01) },
-    Metric { id: "p2", name: "TCP CRR", what: What::TcpCrr, same_cpu: false, target: Some(1.01) },
-    Metric { id: "p3", name: "TCP RR", what: What::TcpRr, same_cpu: true, target: Some(1.005) },
-    Metric {
-        id: "p4",
-        name: "stream, CPU per byte",
-        what: What::Stream,
-        same_cpu: true,
-        target: Some(1.005),
-    },
-    Metric {
-        id: "p5",
-        name: "UDP sendto+recvfrom",
-        what: What::UdpExchange,
-        same_cpu: true,
-        target: Some(1.04),
-    },
+    metric("p1", "UDP connect", What::UdpConnect, Some(1.06)),
+    metric("p1", "UDP socket+connect+close", What::UdpSocket, None),
+    metric("p1", "TCP connect", What::TcpConnect, Some(1.01)),
+    Metric { peer: Some(1.0 / 1.07), ..metric("p2", "TCP CRR", What::TcpCrr, Some(1.01)) },
+    Metric { bystander: Some(1.005), ..metric("p3", "TCP RR", What::TcpRr, Some(1.005)) },
+    metric("p4", "stream, CPU per byte", What::Stream, Some(1.005)),
+    metric("p5", "UDP sendto+recvfrom", What::UdpExchange, Some(1.04)),
 ];
 
 impl Metric {
@@ -120,20 +118,20 @@ pub(crate) fn measure(
         let arm = |name, world, side, targets| Arm { name, world, side, targets, told: true };
         for metric in METRICS.iter().filter(|metric| options.wants(metric.id)) {
             let mut arms = vec![
-                arm("direct", direct, Side::Outside, backends),
-                arm("vip", sheave, Side::Inside, vips),
+                arm(DIRECT, direct, Side::Outside, backends),
+                arm(SHEAVE, sheave, Side::Inside, vips),
                 arm("bystander", sheave, Side::Inside, bystander),
             ];
             if metric.has_packets() && family == Family::V4 {
                 for peer in &worlds.peers {
                     let name = match peer.mode {
-                        Mode::Nftables => "kube-proxy nft",
-                        Mode::Iptables => "kube-proxy ipt",
+                        Mode::Nftables => NFTABLES,
+                        Mode::Iptables => IPTABLES,
                     };
                     arms.push(Arm { told: false, ..arm(name, &peer.world, Side::Outside, vips) });
                 }
             }
-            arms.push(arm("direct again", again, Side::Outside, backends));
+            arms.push(arm(AGAIN, again, Side::Outside, backends));
             let row = worlds.still(|| one(client, metric, family, effort, &arms))?;
             report.add(row);
         }
@@ -163,26 +161,22 @@ fn one(client: &Client, metric: &Metric, family: Family, effort: &Effort, arms: 
         }
     }
     drop(spinners);
-    let direct = values[0].clone();
-    let ratios = |arm: usize| -> Vec<f64> {
-        values[arm].iter().zip(&direct).map(|(value, direct)| value / direct).collect()
-    };
     let services = arms.first().map_or(0, |arm| arm.world.scale.services);
-    let arms = arms.iter().enumerate().map(|(index, arm)| super::report::Arm {
-        name: arm.name.to_owned(),
-        value: Estimate::of(&values[index]),
-        ratio: (index > 0).then(|| Estimate::of(&ratios(index))),
-        p99: Estimate::of(&p99[index]).median,
-        rounds: values[index].clone(),
-    });
-    Ok(Row {
-        id: metric.id.to_owned(),
-        name: format!("{} {}", metric.name, family.name()),
-        unit: if metric.what == What::Stream { "CPU-ns/kB" } else { "ns" }.to_owned(),
-        services,
-        target: metric.target,
-        arms: arms.collect(),
-    })
+    let name = format!("{} {}", metric.name, family.name());
+    let unit = if metric.what == What::Stream { "CPU-ns/kB" } else { "ns" };
+    let mut row = Row::new(metric.id, name, unit, services, Some(NOISE_MAX));
+    for (arm, (values, p99)) in arms.iter().zip(values.into_iter().zip(p99)) {
+        let p99 = (metric.what != What::Stream).then(|| Estimate::of(&p99).median);
+        row.add(arm.name, values, p99);
+    }
+    let goal = |arm, to, at_most| Goal { arm, to, at_most };
+    row.compare(&[
+        goal(SHEAVE, DIRECT, metric.target),
+        goal("bystander", DIRECT, metric.bystander),
+        goal(SHEAVE, NFTABLES, None),
+        goal(SHEAVE, IPTABLES, metric.peer),
+    ]);
+    Ok(row)
 }
 
 /// A slice's value, and its 99th percentile where it has samples.

@@ -7,9 +7,11 @@
 mod api;
 mod control;
 mod data;
+mod packets;
 mod peers;
 mod plot;
 mod report;
+mod row;
 mod scale;
 mod stats;
 mod world;
@@ -40,9 +42,6 @@ use crate::{build::Binaries, shell::seconds};
 /// Half the width of the interval around one that two equal arms may have.
 pub(crate) const NOISE_MAX: f64 = 0.02;
 
-/// Endpoints of each Service.
-const ENDPOINTS: u32 = 10;
-
 /// Set once the binaries are found through variables.
 const PREPARED: &str = "SHEAVE_BENCH_PREPARED";
 
@@ -64,7 +63,7 @@ pub(crate) struct Options {
     /// Without kube-proxy: needs no program of Kubernetes
     #[arg(long)]
     alone: bool,
-    /// Metrics: p1 p2 p3 p4 p5 a1 a2 a4 a6 (a4 has a5, p1 has p7 and p12); without, all of these. Only when named: api,
+    /// Metrics: p1 p2 p3 p4 p5 p8 a1 a2 a4 a6 (a4 has a5, p1 has p7 and p12); without, all of these. Only when named: api,
     /// an agent beside a real API server, which takes ten minutes at 10,000 Services
     ids: Vec<String>,
 }
@@ -74,6 +73,8 @@ pub(crate) struct Options {
 pub(crate) struct Effort {
     /// Numbers of Services.
     pub(crate) sizes: Vec<u32>,
+    /// Endpoints of each Service where kube-proxy is beside: it takes minutes for many.
+    pub(crate) endpoints: u32,
     /// Rounds that count; one more is run first.
     pub(crate) rounds: u32,
     /// One arm's turn in a round.
@@ -88,13 +89,20 @@ impl Options {
     fn effort(&self) -> Effort {
         let ms = Duration::from_millis;
         if self.smoke {
-            return Effort { sizes: vec![1, 1000], rounds: 3, slice: ms(50), flips: 20, starts: 1 };
+            return Effort {
+                sizes: vec![1, 1000],
+                endpoints: 2,
+                rounds: 3,
+                slice: ms(50),
+                flips: 20,
+                starts: 1,
+            };
         }
         if self.full {
             let sizes = vec![1, 1000, 10_000, 50_000];
-            return Effort { sizes, rounds: 20, slice: ms(300), flips: 500, starts: 5 };
+            return Effort { sizes, endpoints: 10, rounds: 20, slice: ms(300), flips: 500, starts: 5 };
         }
-        Effort { sizes: vec![1, 10_000], rounds: 16, slice: ms(200), flips: 300, starts: 3 }
+        Effort { sizes: vec![1, 10_000], endpoints: 2, rounds: 16, slice: ms(200), flips: 300, starts: 3 }
     }
 
     /// Whether a real API server is needed.
@@ -128,7 +136,7 @@ pub(crate) fn prepared(binaries: &Binaries) -> Result<()> {
 /// Runs the benchmark and writes `target/bench/`.
 pub(crate) fn run(options: &Options) -> Result<()> {
     for id in &options.ids {
-        let known = ["p1", "p2", "p3", "p4", "p5", "a1", "a2", "a4", "a6", api::ID];
+        let known = ["p1", "p2", "p3", "p4", "p5", packets::ID, "a1", "a2", "a4", "a6", api::ID];
         if !known.contains(&id.to_lowercase().as_str()) {
             bail!("no metric {id}: {}", known.join(" "));
         }
@@ -148,11 +156,21 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     for services in &effort.sizes {
         let data = ["p1", "p2", "p3", "p4", "p5"].iter().any(|id| options.wants(id));
         if data {
-            let worlds = worlds(*services, options)?;
+            let worlds = worlds(*services, &effort, options.alone)?;
             data::measure(&worlds, options, &effort, &mut report)?;
         }
+        if options.wants(packets::ID) {
+            println!("── {services} Services, packets");
+            packets::measure(*services, options.alone, &effort, &mut report)?;
+        }
         if ["a1", "a2", "a4", "a6"].iter().any(|id| options.wants(id)) {
-            let scale = Scale { services: *services, endpoints: 10, dual_stack: false, protocols: &["UDP"] };
+            let scale = Scale {
+                services: *services,
+                endpoints: 10,
+                dual_stack: false,
+                protocols: &["UDP"],
+                node_ports: false,
+            };
             let mut world = World::new(scale)?;
             world.write_manifests()?;
             println!("── {services} Services, control plane");
@@ -171,11 +189,17 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 }
 
 /// The worlds of the data path at a size, each with its proxy at work.
-fn worlds(services: u32, options: &Options) -> Result<Worlds> {
-    let scale = Scale { services, endpoints: ENDPOINTS, dual_stack: true, protocols: &["TCP", "UDP"] };
+fn worlds(services: u32, effort: &Effort, alone: bool) -> Result<Worlds> {
+    let scale = Scale {
+        services,
+        endpoints: effort.endpoints,
+        dual_stack: true,
+        protocols: &["TCP", "UDP"],
+        node_ports: false,
+    };
     let mut peers = Vec::new();
     let mut hub = None;
-    if !options.alone {
+    if !alone {
         // One family is enough for what takes minutes.
         let scale = Scale { dual_stack: false, ..scale };
         let new = Hub::new(&scale)?;

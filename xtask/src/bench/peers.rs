@@ -17,13 +17,13 @@ use sheave_tests::{
     manifests::lab_node,
 };
 
-use super::{scale::Scale, world::World};
+use super::{
+    scale::{CLUSTER_CIDR, Scale},
+    world::World,
+};
 
 /// What kube-proxy may take for the largest size on a busy machine.
 const SYNCED_WITHIN: Duration = Duration::from_secs(1800);
-
-/// Where pods and their clients are, so that nobody's source is replaced.
-const CLUSTER_CIDR: &str = "10.192.0.0/10,fd00::/16";
 
 /// An API server that has the objects of a scale.
 pub(crate) struct Hub {

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::report::Row;
+use super::row::Row;
 
 const LEFT: f64 = 330.0;
 const WIDTH: f64 = 420.0;
@@ -21,7 +21,7 @@ pub(crate) fn ratios(rows: &[Row]) -> String {
         for arm in &row.arms {
             let Some(ratio) = arm.ratio else { continue };
             let y = line * LINE_HEIGHT + 10;
-            let colour = if arm.name == "vip" { "#0b6e4f" } else { "#888888" };
+            let colour = if arm.name == "sheave" { "#0b6e4f" } else { "#888888" };
             let _ = writeln!(
                 body,
                 r#"<text x="4" y="{}">{}, {}: {}</text><line x1="{:.1}" x2="{:.1}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2"/><circle cx="{:.1}" cy="{y}" r="4" fill="{colour}"/><text x="{}" y="{}">{:.3}</text>"#,

@@ -11,61 +11,13 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use super::{
-    Effort, NOISE_MAX,
+    Effort,
     control::p50_p99,
     machine, plot,
+    row::{Comparison, Row},
     stats::{Estimate, slope},
 };
 use crate::shell::root;
-
-/// One arm of a metric.
-#[derive(Debug, Serialize)]
-pub(crate) struct Arm {
-    /// Which.
-    pub(crate) name: String,
-    /// In the metric's unit.
-    pub(crate) value: Estimate,
-    /// To the direct arm.
-    pub(crate) ratio: Option<Estimate>,
-    /// Median of the rounds' 99th percentiles.
-    pub(crate) p99: f64,
-    /// Each round's value.
-    pub(crate) rounds: Vec<f64>,
-}
-
-/// A metric of the data path at a size.
-#[derive(Debug, Serialize)]
-pub(crate) struct Row {
-    pub(crate) id: String,
-    pub(crate) name: String,
-    pub(crate) unit: String,
-    pub(crate) services: u32,
-    pub(crate) target: Option<f64>,
-    pub(crate) arms: Vec<Arm>,
-}
-
-impl Row {
-    fn ratio(&self, arm: &str) -> Option<Estimate> {
-        self.arms.iter().find(|found| found.name == arm)?.ratio
-    }
-
-    /// Whether two equal arms differed too much for the others to say anything.
-    fn is_void(&self) -> bool {
-        self.ratio("direct again")
-            .is_none_or(|ratio| (ratio.low - 1.0).abs().max((ratio.high - 1.0).abs()) > NOISE_MAX)
-    }
-
-    fn verdict(&self) -> &'static str {
-        match (self.is_void(), self.target, self.ratio("vip")) {
-            (true, _, _) => "void: too noisy",
-            // By the interval's bound, not by its middle.
-            (false, Some(target), Some(ratio)) if ratio.high <= target => "met",
-            (false, Some(target), Some(ratio)) if ratio.low > target => "missed",
-            (false, Some(_), Some(_)) => "open: the interval holds the target",
-            (false, _, _) => "",
-        }
-    }
-}
 
 /// A figure of the control plane.
 #[derive(Debug, Serialize)]
@@ -160,7 +112,7 @@ impl Report {
         names.sort();
         names.dedup();
         for name in names {
-            for arm in ["direct", "vip"] {
+            for arm in ["direct", "sheave", "kube-proxy nftables", "kube-proxy iptables"] {
                 let points: Vec<_> = self
                     .rows
                     .iter()
@@ -193,21 +145,38 @@ impl Report {
         );
         // Writing to a string cannot fail.
         let _ =
-            writeln!(page, "| metric | Services | arm | value | p99 | ratio to direct (95 %) | verdict |");
+            writeln!(page, "| metric | Services | arm | compared with | ratio (95 %) | target | verdict |");
         let _ = writeln!(page, "|---|---|---|---|---|---|---|");
         for row in &self.rows {
-            for arm in &row.arms {
-                let verdict = if arm.name == "vip" { row.verdict() } else { "" };
+            for found in &row.comparisons {
+                let target = found.at_most.map_or_else(String::new, |ratio| format!("{ratio:.3}"));
                 let _ = writeln!(
                     page,
-                    "| {} {} | {} | {} | {:.1} {} | {:.1} | {} | {verdict} |",
+                    "| {} {} | {} | {} | {} | {} | {target} | {} |",
+                    row.id,
+                    row.name,
+                    row.services,
+                    found.arm,
+                    found.to,
+                    shown(Some(found.ratio)),
+                    verdict(row, found)
+                );
+            }
+        }
+        let _ = writeln!(page, "\n| metric | Services | arm | value | p99 | ratio to the first (95 %) |");
+        let _ = writeln!(page, "|---|---|---|---|---|---|");
+        for row in &self.rows {
+            for arm in &row.arms {
+                let p99 = arm.p99.map_or_else(String::new, |ns| format!("{ns:.0}"));
+                let _ = writeln!(
+                    page,
+                    "| {} {} | {} | {} | {:.1} {} | {p99} | {} |",
                     row.id,
                     row.name,
                     row.services,
                     arm.name,
                     arm.value.median,
                     row.unit,
-                    arm.p99,
                     shown(arm.ratio)
                 );
             }
@@ -244,17 +213,19 @@ fn shown(ratio: Option<Estimate>) -> String {
     })
 }
 
+fn verdict(row: &Row, found: &Comparison) -> &'static str {
+    if row.is_void() { "void: too noisy" } else { found.verdict() }
+}
+
 fn lines(row: &Row) -> Vec<String> {
-    let line = |arm: &Arm| {
-        let verdict = if arm.name == "vip" { row.verdict() } else { "" };
-        let (value, name) = (arm.value.median, &arm.name);
+    let arms = row.arms.iter().map(|arm| {
         let metric = format!("{} {}", row.id, row.name);
-        format!(
-            "{metric:<34}{:>6} {name:<13}{value:>10.1} {:<10}{} {verdict}",
-            row.services,
-            row.unit,
-            shown(arm.ratio)
-        )
-    };
-    row.arms.iter().map(line).collect()
+        let (value, unit, ratio) = (arm.value.median, &row.unit, shown(arm.ratio));
+        format!("{metric:<40}{:>6} {:<20}{value:>10.1} {unit:<10}{ratio}", row.services, arm.name)
+    });
+    let comparisons = row.comparisons.iter().map(|found| {
+        let (ratio, verdict) = (shown(Some(found.ratio)), verdict(row, found));
+        format!("{:>47} {:<20}to {:<20}{ratio} {verdict}", "", found.arm, found.to)
+    });
+    arms.chain(comparisons).collect()
 }

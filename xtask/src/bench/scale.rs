@@ -17,6 +17,13 @@ use serde_json::{Value, json};
 pub(crate) const PORT: u16 = 80;
 pub(crate) const TARGET_PORT: u16 = 8080;
 
+/// The first port of the node, and how many there are at most.
+pub(crate) const NODE_PORT: u16 = 30_000;
+pub(crate) const NODE_PORTS_MAX: u32 = 2000;
+
+/// Where pods and their clients are, so that nobody's source is replaced.
+pub(crate) const CLUSTER_CIDR: &str = "10.192.0.0/10,fd00::/16";
+
 /// The namespace of all objects.
 const NAMESPACE: &str = "bench";
 
@@ -37,6 +44,9 @@ pub(crate) struct Scale {
     pub(crate) dual_stack: bool,
     /// The protocols of a Service's port.
     pub(crate) protocols: &'static [&'static str],
+    /// Whether the first [`NODE_PORTS_MAX`] have a port of the node, from [`NODE_PORT`]; every second of them, from the
+    /// first, is for endpoints of the node alone and keeps sources as they are.
+    pub(crate) node_ports: bool,
 }
 
 /// A group of backends: a pod with a prefix of addresses in each family.
@@ -191,7 +201,7 @@ impl Scale {
             self.families().iter().map(|family| self.vip(*family, service).ip().to_string()).collect();
         let families: Vec<_> = self.families().iter().map(|family| family.name()).collect();
         let port = |protocol: &&str| json!({"name": protocol.to_lowercase(), "protocol": protocol, "port": PORT, "targetPort": TARGET_PORT});
-        json!({
+        let mut object = json!({
             "apiVersion": "v1",
             "kind": "Service",
             "metadata": {"name": service_name(service), "namespace": NAMESPACE},
@@ -203,7 +213,16 @@ impl Scale {
                 "ipFamilyPolicy": if self.dual_stack { "RequireDualStack" } else { "SingleStack" },
                 "ports": self.protocols.iter().map(port).collect::<Vec<_>>(),
             },
-        })
+        });
+        if self.node_ports && service < NODE_PORTS_MAX {
+            object["spec"]["type"] = json!("NodePort");
+            let policy = if service.is_multiple_of(2) { "Local" } else { "Cluster" };
+            object["spec"]["externalTrafficPolicy"] = json!(policy);
+            for index in 0..self.protocols.len() {
+                object["spec"]["ports"][index]["nodePort"] = json!(u32::from(NODE_PORT) + service);
+            }
+        }
+        object
     }
 
     /// A slice with all endpoints of a Service in a family, as the EndpointSlice controller writes it.
@@ -252,7 +271,13 @@ mod tests {
 
     #[test]
     fn addresses_are_distinct_and_inside_their_prefix() {
-        let scale = Scale { services: 50_000, endpoints: 10, dual_stack: true, protocols: &["TCP"] };
+        let scale = Scale {
+            services: 50_000,
+            endpoints: 10,
+            dual_stack: true,
+            protocols: &["TCP"],
+            node_ports: false,
+        };
         for family in scale.families() {
             let backends: BTreeSet<_> = scale.backends(*family).into_iter().collect();
             assert_eq!(backends.len(), 500_000);
@@ -266,7 +291,13 @@ mod tests {
 
     #[test]
     fn movable_services_are_spread_over_all() {
-        let scale = |services| Scale { services, endpoints: 1, dual_stack: false, protocols: &["UDP"] };
+        let scale = |services| Scale {
+            services,
+            endpoints: 1,
+            dual_stack: false,
+            protocols: &["UDP"],
+            node_ports: false,
+        };
         assert_eq!(scale(1).movable(), [0]);
         let movable = scale(10_000).movable();
         assert_eq!((movable.len(), movable[1] - movable[0]), (64, 156));

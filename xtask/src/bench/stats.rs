@@ -1,12 +1,12 @@
 //! From samples to a ratio with its interval.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Resamplings of an interval.
 const RESAMPLES: usize = 2000;
 
 /// A median with the bounds between which it lies with 95 % confidence.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Estimate {
     /// The median.
     pub(crate) median: f64,
@@ -37,6 +37,12 @@ impl Estimate {
         medians.sort_by(f64::total_cmp);
         let at = |part: f64| quantile(&medians, part);
         Self { median: median(&mut values.to_vec()), low: at(0.025), high: at(0.975) }
+    }
+
+    /// Of the ratios of two arms, taken by round.
+    pub(crate) fn of_ratios(values: &[f64], to: &[f64]) -> Self {
+        let ratios: Vec<_> = values.iter().zip(to).map(|(value, to)| value / to).collect();
+        Self::of(&ratios)
     }
 }
 

@@ -17,7 +17,7 @@ use sheave_tests::{
     manifests::lab_node,
 };
 
-use super::scale::{Family, Group, Scale, TARGET_PORT};
+use super::scale::{CLUSTER_CIDR, Family, Group, Scale, TARGET_PORT};
 
 /// Where the client under measurement runs, and where the servers do.
 pub(crate) const CLIENT_CPU: usize = 1;
@@ -132,7 +132,7 @@ impl World {
 
     /// Starts the agent.
     pub(crate) fn spawn_agent(&mut self) -> Result<()> {
-        let agent = Agent::spawn(&self.lab, self.lab.node(0)?, &[] as &[&str])?;
+        let agent = Agent::spawn(&self.lab, self.lab.node(0)?, &["--cluster-cidr", CLUSTER_CIDR])?;
         self.agent = Some(agent);
         Ok(())
     }
@@ -156,10 +156,15 @@ impl World {
 
     /// Stops the agent's process while `work` measures the data path: whatever it does is not part of that.
     pub(crate) fn with_agent_still<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
-        self.agent()?.signal(Signal::SIGSTOP)?;
+        self.freeze_agent(true)?;
         let result = work();
-        self.agent()?.signal(Signal::SIGCONT)?;
+        self.freeze_agent(false)?;
         result
+    }
+
+    /// Stops the agent's process, or lets it go on.
+    pub(crate) fn freeze_agent(&self, frozen: bool) -> Result<()> {
+        self.agent()?.signal(if frozen { Signal::SIGSTOP } else { Signal::SIGCONT })
     }
 
     fn cgroup(&self, side: Side) -> Result<PathBuf> {

@@ -1,0 +1,443 @@
+//! What a packet costs on its way through a node: frames that the kernel itself makes (live frames of
+//! `BPF_PROG_TEST_RUN`), a device's stack that takes them as received, and a program that counts and drops what arrives.
+//!
+//! The time of such a run has in it whatever the stack does with the frames, as all of it happens on the same CPU.
+
+mod assembler;
+
+use std::{
+    io,
+    net::Ipv4Addr,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::{libc, net::if_::if_nametoindex};
+use serde_json::Value;
+
+use self::assembler::{Condition, Operation, Program, R1, R2, R3, R4, R5, R6, Width};
+use super::cpu::pin;
+use crate::{bpf::bpf, netns::Netns};
+
+/// Commands of bpf(2).
+const MAP_CREATE: libc::c_int = 0;
+const MAP_LOOKUP: libc::c_int = 1;
+const PROG_LOAD: libc::c_int = 5;
+const PROG_TEST_RUN: libc::c_int = 10;
+const LINK_CREATE: libc::c_int = 28;
+
+/// Types of programs, and where they are attached.
+const SCHED_CLS: u32 = 3;
+const XDP: u32 = 6;
+const AT_XDP: u32 = 37;
+const AT_TCX_INGRESS: u32 = 46;
+
+/// What XDP programs say.
+const XDP_ABORTED: i32 = 0;
+const XDP_DROP: i32 = 1;
+const XDP_PASS: i32 = 2;
+
+/// `bpf_redirect`.
+const REDIRECT: i32 = 23;
+
+/// The smallest frame of Ethernet, without its checksum.
+const FRAME_BYTES: usize = 60;
+
+/// Where header fields are in a frame of IPv4 and UDP.
+const IP: usize = 14;
+const IP_CHECKSUM: i16 = 24;
+const SOURCE: i16 = 26;
+const DESTINATION: i16 = 30;
+const SOURCE_PORT: i16 = 34;
+const DESTINATION_PORT: i16 = 36;
+
+/// Who sends: the third and the fourth byte of the address and the port tell flows apart.
+pub const SENDERS: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 0);
+
+/// Frames made at a time; they stay in the caches as those of a device do.
+const BATCH: u32 = 64;
+
+/// Which flows frames belong to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flows {
+    /// A few, again and again.
+    Known,
+    /// Each a new one.
+    New,
+}
+
+/// A few flows are so many: a power of two.
+pub const KNOWN: u32 = 64;
+
+/// Where frames go: one address, and one of several ports, every second from the first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// The address.
+    pub address: Ipv4Addr,
+    /// The first port.
+    pub port: u16,
+    /// How many ports; a flow's is drawn from them.
+    pub ports: u16,
+}
+
+/// What frames that arrive look like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Arrivals {
+    /// The prefix of their destination.
+    pub prefix: Ipv4Addr,
+    /// Its length.
+    pub prefix_len: u32,
+    /// Their destination port.
+    pub port: u16,
+}
+
+/// How many frames arrived.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Arrived {
+    /// From the senders themselves.
+    pub unchanged: u64,
+    /// From another address: the node has replaced it.
+    pub replaced: u64,
+}
+
+/// A device takes frames as received.
+#[derive(Debug)]
+pub struct Generator {
+    netns: Netns,
+    device: u32,
+    mac: [u8; 6],
+    /// How many frames were made, over all programs: new flows stay new.
+    state: OwnedFd,
+    _rings: OwnedFd,
+}
+
+impl Generator {
+    /// At a device of a namespace.
+    pub fn new(netns: &Netns, device: &str) -> Result<Self> {
+        let index = index_of(netns, device)?;
+        // A virtual device has no rings for frames of XDP before it has a program of its own; ours lets everything pass.
+        let pass = load(XDP, &Program::default().last(XDP_PASS))?;
+        let rings = netns.run(|| attach(&pass, index, AT_XDP))??;
+        let mac = mac_of(netns, device)?;
+        Ok(Self { netns: netns.clone(), device: index, mac, state: counters()?, _rings: rings })
+    }
+
+    /// A program that makes frames.
+    pub fn frames(&self, flows: Flows, target: Target) -> Result<Frames> {
+        Ok(Frames { program: load(XDP, &make(self.state.as_raw_fd(), self.mac, flows, target))? })
+    }
+
+    /// Makes so many frames on a CPU, before everybody else there; returns the nanoseconds for each.
+    pub fn run(&self, frames: &Frames, count: u32, cpu: usize) -> Result<u32> {
+        self.netns.run(|| {
+            pin(Some(cpu))?;
+            go_first()?;
+            test_run(&frames.program, self.device, count)
+        })?
+    }
+}
+
+/// A program that makes frames.
+#[derive(Debug)]
+pub struct Frames {
+    program: OwnedFd,
+}
+
+/// Counts and drops what arrives at a device.
+#[derive(Debug)]
+pub struct Counter {
+    counts: OwnedFd,
+    _link: OwnedFd,
+}
+
+impl Counter {
+    /// At a device of a namespace; what is no such frame passes.
+    pub fn new(netns: &Netns, device: &str, arrivals: Arrivals) -> Result<Self> {
+        let counts = counters()?;
+        let program = load(XDP, &count(counts.as_raw_fd(), arrivals))?;
+        let index = index_of(netns, device)?;
+        let link = netns.run(|| attach(&program, index, AT_XDP))??;
+        Ok(Self { counts, _link: link })
+    }
+
+    /// How many there were so far.
+    pub fn read(&self) -> Result<Arrived> {
+        let [unchanged, replaced] = read_counters(&self.counts)?;
+        Ok(Arrived { unchanged, replaced })
+    }
+}
+
+/// Hands everything that one device receives to another one, and nothing else: the least that a node can do.
+#[derive(Debug)]
+pub struct Redirect {
+    _link: OwnedFd,
+}
+
+impl Redirect {
+    /// From one device of a namespace to another.
+    pub fn new(netns: &Netns, from: &str, to: &str) -> Result<Self> {
+        let (from, to) = (index_of(netns, from)?, index_of(netns, to)?);
+        let mut code = Program::default();
+        code.with(Operation::Move, R1, i32::try_from(to)?).with(Operation::Move, R2, 0).call(REDIRECT);
+        let program = load(SCHED_CLS, &code.exit())?;
+        Ok(Self { _link: netns.run(|| attach(&program, from, AT_TCX_INGRESS))?? })
+    }
+}
+
+/// The header is written anew each time: frames are used again, with all that was done to them.
+fn make(state: i32, mac: [u8; 6], flows: Flows, target: Target) -> Vec<u64> {
+    let template = template(mac, target);
+    let mut code = Program::default();
+    code.load(Width::Word, R2, R1, 0).load(Width::Word, R3, R1, 4);
+    code.by(Operation::Move, R4, R2).with(Operation::Add, R4, 60).end_if_by(Condition::Greater, R4, R3);
+    for (offset, bytes) in (0_i16..).step_by(8).zip(template[..48].as_chunks::<8>().0) {
+        code.constant(R4, u64::from_le_bytes(*bytes)).store(Width::Double, R2, offset, R4);
+    }
+    // The number of the flow.
+    code.value_of(R1, state).load(Width::Double, R6, R1, 0);
+    code.with(Operation::Add, R6, 1).store(Width::Double, R1, 0, R6);
+    if flows == Flows::Known {
+        code.with(Operation::And, R6, KNOWN.cast_signed() - 1);
+    }
+    // Its source port: the lower 15 bits. Beyond that the address is another one, and with it the header's checksum.
+    code.by(Operation::Move, R4, R6).with(Operation::And, R4, 0x7fff).with(Operation::Add, R4, 1024);
+    code.to_network(R4, 16).store(Width::Half, R2, SOURCE_PORT, R4);
+    code.by(Operation::Move, R4, R6).with(Operation::ShiftRight, R4, 15).with(Operation::And, R4, 0xffff);
+    code.by(Operation::Move, R5, R4).with(Operation::Add, R5, sum(&template[IP..IP + 20]));
+    code.to_network(R4, 16).store(Width::Half, R2, SOURCE + 2, R4);
+    code.by(Operation::Move, R4, R5).with(Operation::ShiftRight, R4, 16);
+    code.with(Operation::And, R5, 0xffff).by(Operation::Add, R5, R4).with(Operation::Xor, R5, 0xffff);
+    code.to_network(R5, 16).store(Width::Half, R2, IP_CHECKSUM, R5);
+    // Its destination port: any of them, but always the same.
+    code.by(Operation::Move, R4, R6).with(Operation::Multiply, R4, 0x9e37_79b1_u32.cast_signed());
+    code.with(Operation::ShiftRight, R4, 12).with(Operation::And, R4, 0xf_ffff);
+    code.with(Operation::Modulo, R4, i32::from(target.ports)).with(Operation::Multiply, R4, 2);
+    code.with(Operation::Add, R4, i32::from(target.port));
+    code.to_network(R4, 16).store(Width::Half, R2, DESTINATION_PORT, R4);
+    code.returns(XDP_PASS).last(XDP_ABORTED)
+}
+
+/// A frame without source port and checksum. UDP of IPv4 may do without a checksum of its own.
+fn template(mac: [u8; 6], target: Target) -> [u8; FRAME_BYTES] {
+    let mut frame = [0; FRAME_BYTES];
+    let mut put = |offset: usize, bytes: &[u8]| frame[offset..offset + bytes.len()].copy_from_slice(bytes);
+    put(0, &mac);
+    put(6, &[2, 0, 0, 0, 0, 1]);
+    put(12, &[0x08, 0x00]);
+    put(IP, &[0x45, 0, 0, 46, 0, 0, 0x40, 0, 64, 17]);
+    put(26, &SENDERS.octets());
+    put(30, &target.address.octets());
+    put(38, &26_u16.to_be_bytes());
+    frame
+}
+
+/// The sum of a header's words, folded.
+fn sum(header: &[u8]) -> i32 {
+    let mut sum: u32 =
+        header.as_chunks::<2>().0.iter().map(|word| u32::from(u16::from_be_bytes(*word))).sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    sum.cast_signed()
+}
+
+fn count(counts: i32, arrivals: Arrivals) -> Vec<u64> {
+    let mask = u32::MAX << (32 - arrivals.prefix_len);
+    // Of the senders two bytes are always the same.
+    let senders = i32::from(u16::from_le_bytes([SENDERS.octets()[0], SENDERS.octets()[1]]));
+    let port = i32::from(u16::from_ne_bytes(arrivals.port.to_be_bytes()));
+    let mut code = Program::default();
+    code.load(Width::Word, R2, R1, 0).load(Width::Word, R3, R1, 4);
+    code.by(Operation::Move, R4, R2).with(Operation::Add, R4, 42).end_if_by(Condition::Greater, R4, R3);
+    code.load(Width::Half, R4, R2, 12).end_if(Condition::NotEqual, R4, 0x0008);
+    code.load(Width::Byte, R4, R2, 23).end_if(Condition::NotEqual, R4, 17);
+    code.load(Width::Half, R4, R2, DESTINATION_PORT).end_if(Condition::NotEqual, R4, port);
+    code.load(Width::Word, R4, R2, DESTINATION).to_network(R4, 32);
+    code.with(Operation::ShiftRight, R4, 32 - arrivals.prefix_len.cast_signed());
+    code.end_if(
+        Condition::NotEqual,
+        R4,
+        ((arrivals.prefix.to_bits() & mask) >> (32 - arrivals.prefix_len)).cast_signed(),
+    );
+    // The second counter lies behind the first; which one it is needs no jump: one if the two differ.
+    code.load(Width::Half, R4, R2, SOURCE).with(Operation::Xor, R4, senders);
+    code.with(Operation::Add, R4, 0xffff).with(Operation::ShiftRight, R4, 16).with(
+        Operation::Multiply,
+        R4,
+        8,
+    );
+    code.with(Operation::And, R4, 8);
+    code.value_of(R1, counts).by(Operation::Add, R1, R4);
+    code.with(Operation::Move, R5, 1).add_to_memory(R1, 0, R5);
+    code.returns(XDP_DROP).last(XDP_PASS)
+}
+
+fn index_of(netns: &Netns, device: &str) -> Result<u32> {
+    netns.run(|| if_nametoindex(device))?.with_context(|| format!("the device {device}"))
+}
+
+/// A device's hardware address.
+pub fn mac_of(netns: &Netns, device: &str) -> Result<[u8; 6]> {
+    let output = netns.command("ip").args(["-json", "link", "show", "dev", device]).output();
+    let links: Value =
+        serde_json::from_slice(&output.context("running `ip`")?.stdout).context("`ip -json`")?;
+    let text = links
+        .pointer("/0/address")
+        .and_then(Value::as_str)
+        .with_context(|| format!("{device} in {links}"))?;
+    let bytes: Option<Vec<u8>> = text.split(':').map(|byte| u8::from_str_radix(byte, 16).ok()).collect();
+    bytes.and_then(|bytes| bytes.try_into().ok()).with_context(|| format!("the hardware address {text}"))
+}
+
+/// Puts the calling thread before all ordinary ones.
+fn go_first() -> Result<()> {
+    let parameters = libc::sched_param { sched_priority: 1 };
+    // SAFETY: the structure lives across the call, which changes nothing but how this thread is scheduled.
+    let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const parameters) };
+    ensure!(result == 0, "SCHED_FIFO: {}", io::Error::last_os_error());
+    Ok(())
+}
+
+/// An array of one value, two counters.
+fn counters() -> Result<OwnedFd> {
+    #[repr(C)]
+    struct Create {
+        kind: u32,
+        key_size: u32,
+        value_size: u32,
+        entries: u32,
+    }
+    const ARRAY: u32 = 2;
+    let mut attr = Create { kind: ARRAY, key_size: 4, value_size: 16, entries: 1 };
+    // SAFETY: four words without pointers.
+    owned(unsafe { bpf(MAP_CREATE, &mut attr) }).context("making a map")
+}
+
+fn read_counters(map: &OwnedFd) -> Result<[u64; 2]> {
+    #[repr(C)]
+    struct Lookup {
+        map: i32,
+        padding: u32,
+        key: u64,
+        value: u64,
+        flags: u64,
+    }
+    let (key, mut value) = (0_u32, [0_u64; 2]);
+    let mut attr = Lookup {
+        map: map.as_raw_fd(),
+        padding: 0,
+        key: &raw const key as u64,
+        value: value.as_mut_ptr() as u64,
+        flags: 0,
+    };
+    // SAFETY: key and value have the sizes that the map was made with, and live longer than the call.
+    unsafe { bpf(MAP_LOOKUP, &mut attr) }.context("reading a map")?;
+    Ok(value)
+}
+
+fn load(kind: u32, code: &[u64]) -> Result<OwnedFd> {
+    #[repr(C)]
+    struct Load {
+        kind: u32,
+        count: u32,
+        code: u64,
+        licence: u64,
+        log_level: u32,
+        log_size: u32,
+        log: u64,
+    }
+    let mut log = vec![0_u8; 1 << 16];
+    let mut attr = Load {
+        kind,
+        count: u32::try_from(code.len())?,
+        code: code.as_ptr() as u64,
+        licence: c"GPL".as_ptr() as u64,
+        log_level: 1,
+        log_size: u32::try_from(log.len())?,
+        log: log.as_mut_ptr() as u64,
+    };
+    // SAFETY: code, licence and log have the lengths that are said, and live longer than the call.
+    let result = owned(unsafe { bpf(PROG_LOAD, &mut attr) });
+    result.with_context(|| {
+        let text = String::from_utf8_lossy(&log);
+        format!("loading a program: {}", text.trim_end_matches('\0'))
+    })
+}
+
+/// Attaches a program to a device of the calling thread's namespace, until the link is dropped.
+fn attach(program: &OwnedFd, device: u32, at: u32) -> Result<OwnedFd> {
+    let mut attr = [program.as_raw_fd().cast_unsigned(), device, at, 0];
+    // SAFETY: four words without pointers.
+    owned(unsafe { bpf(LINK_CREATE, &mut attr) }).context("attaching a program to a device")
+}
+
+/// Runs a program on frames that its device then takes as received; returns the nanoseconds for each.
+fn test_run(program: &OwnedFd, device: u32, count: u32) -> Result<u32> {
+    #[repr(C)]
+    struct TestRun {
+        program: i32,
+        result: u32,
+        data_size_in: u32,
+        data_size_out: u32,
+        data_in: u64,
+        data_out: u64,
+        repeat: u32,
+        duration: u32,
+        context_size_in: u32,
+        context_size_out: u32,
+        context_in: u64,
+        context_out: u64,
+        flags: u32,
+        cpu: u32,
+        batch_size: u32,
+        padding: u32,
+    }
+    const LIVE_FRAMES: u32 = 2;
+    let frame = [0_u8; FRAME_BYTES];
+    let length = u32::try_from(frame.len())?;
+    // `struct xdp_md`: data, its end, metadata, device, queue, no other device.
+    let context = [0, length, 0, device, 0, 0];
+    let mut attr = TestRun {
+        program: program.as_raw_fd(),
+        result: 0,
+        data_size_in: length,
+        data_size_out: 0,
+        data_in: frame.as_ptr() as u64,
+        data_out: 0,
+        repeat: count,
+        duration: 0,
+        context_size_in: u32::try_from(size_of_val(&context))?,
+        context_size_out: 0,
+        context_in: context.as_ptr() as u64,
+        context_out: 0,
+        flags: LIVE_FRAMES,
+        cpu: 0,
+        batch_size: BATCH,
+        padding: 0,
+    };
+    // SAFETY: frame and context have the sizes that are said, and live longer than the call.
+    unsafe { bpf(PROG_TEST_RUN, &mut attr) }.context("making frames")?;
+    if attr.duration == 0 {
+        bail!("the kernel does not say how long {count} frames took");
+    }
+    Ok(attr.duration)
+}
+
+fn owned(result: io::Result<i32>) -> io::Result<OwnedFd> {
+    // SAFETY: the kernel just gave us this descriptor.
+    result.map(|descriptor| unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_header_has_its_sum() {
+        let target = Target { address: Ipv4Addr::new(10, 0, 0, 1), port: 80, ports: 1 };
+        let mut frame = template([2; 6], target);
+        let checksum = u16::try_from(0xffff ^ sum(&frame[IP..IP + 20])).unwrap();
+        frame[24..26].copy_from_slice(&checksum.to_be_bytes());
+        assert_eq!(sum(&frame[IP..IP + 20]), 0xffff);
+    }
+}
