@@ -41,16 +41,17 @@ pub struct KubeProxy {
 
 impl KubeProxy {
     /// Starts it in a node's namespace. `cluster_cidr` is what pods' addresses have in common, of each family;
-    /// `min_sync_s` is the least time between two writes, one second unless somebody sets it.
+    /// `min_sync_ms` is the least time between two writes: a second unless somebody sets it, and
+    /// zero is a second too.
     pub fn start(
         node: &Node,
         kubeconfig: &Path,
         mode: Mode,
         cluster_cidr: &str,
-        min_sync_s: u32,
+        min_sync_ms: u32,
     ) -> Result<Self> {
         let directory = node.directory();
-        let sync = json!({"minSyncPeriod": format!("{min_sync_s}s")});
+        let sync = json!({"minSyncPeriod": format!("{min_sync_ms}ms")});
         let config = json!({
             "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
             "kind": "KubeProxyConfiguration",

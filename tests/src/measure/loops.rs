@@ -16,7 +16,7 @@ use nix::{
     },
 };
 
-use super::{All, Change, ECHO, STREAM_BLOCK_BYTES, SWALLOW, Samples, Slice, What};
+use super::{All, Change, ECHO, STREAM_BLOCK_BYTES, SWALLOW, Samples, Slice, WHO, What};
 use crate::engine::monotonic_ns;
 
 /// Connects of one sample where a single one is too short for the clock.
@@ -302,14 +302,15 @@ const ANSWERED_WITHIN: Duration = Duration::from_millis(500);
 pub(super) fn await_answers(targets: &[SocketAddr], timeout: Duration) -> Result<All> {
     let deadline = Instant::now() + timeout;
     let Some(last) = targets.last() else { bail!("no destinations") };
-    while let Err(error) = answers(last, ASKED_AGAIN) {
+    while let Err(error) = asked(last, ECHO, ASKED_AGAIN) {
         if Instant::now() > deadline {
             return Err(error).with_context(|| format!("{last} did not answer within {timeout:?}"));
         }
+        thread::sleep(LOOK_PAUSE);
     }
     let mut all = All { last_ns: monotonic_ns(), ..All::default() };
     for target in targets.iter().step_by(targets.len().div_ceil(SAMPLE)) {
-        while let Err(error) = answers(target, ANSWERED_WITHIN) {
+        while let Err(error) = asked(target, ECHO, ANSWERED_WITHIN) {
             all.late += 1;
             if Instant::now() > deadline {
                 return Err(error).with_context(|| format!("{target} did not answer within {timeout:?}"));
@@ -320,19 +321,31 @@ pub(super) fn await_answers(targets: &[SocketAddr], timeout: Duration) -> Result
     Ok(all)
 }
 
+pub(super) fn await_server(to: SocketAddr, tag: u8, timeout: Duration) -> Result<All> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        let found = asked(&to, WHO, ASKED_AGAIN);
+        let last_ns = monotonic_ns();
+        if found.as_ref().is_ok_and(|found| *found == tag) {
+            return Ok(All { last_ns, all_ns: last_ns, late: 0 });
+        }
+        if Instant::now() > deadline {
+            bail!("{to} was not answered by {tag} within {timeout:?}, the last time: {found:?}");
+        }
+        thread::sleep(LOOK_PAUSE / 5);
+    }
+}
+
 /// Asks from a new socket, so that nothing of an earlier question is in the way.
-fn answers(target: &SocketAddr, within: Duration) -> Result<()> {
+fn asked(target: &SocketAddr, question: u8, within: Duration) -> Result<u8> {
     let descriptor = new_socket(family_of(*target), SockType::Datagram)?;
     connect(descriptor.as_raw_fd(), &SockaddrStorage::from(*target)).context("connect (UDP)")?;
     let socket = UdpSocket::from(descriptor);
-    let asked = |error| {
-        thread::sleep(LOOK_PAUSE);
-        error
-    };
     socket.set_read_timeout(Some(within)).context("SO_RCVTIMEO")?;
-    socket.send(&[ECHO]).map_err(asked).context("asking")?;
-    socket.recv(&mut [0]).map_err(asked).context("waiting for an answer")?;
-    Ok(())
+    socket.send(&[question]).context("asking")?;
+    let mut answer = [0];
+    socket.recv(&mut answer).context("waiting for an answer")?;
+    Ok(answer[0])
 }
 
 pub(super) fn family_of(address: SocketAddr) -> AddressFamily {

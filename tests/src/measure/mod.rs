@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use self::{
     cpu::pin,
-    loops::{await_all, await_answers, await_change, run},
+    loops::{await_all, await_answers, await_change, await_server, run},
     server::serve,
 };
 use crate::client::Client;
@@ -35,6 +35,9 @@ const STREAM_BLOCK_BYTES: usize = 64 * 1024;
 /// First byte of a connection that is echoed, and of one that is swallowed.
 const ECHO: u8 = b'e';
 const SWALLOW: u8 = b's';
+
+/// A datagram of this byte is answered with the server's tag, any other with itself.
+const WHO: u8 = b'?';
 
 /// An order to a lab client.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -49,6 +52,8 @@ pub enum Order {
         port: u16,
         /// Where its threads run.
         cpu: Option<usize>,
+        /// What a datagram is answered with that asks who answers.
+        tag: u8,
     },
     /// Looks until the destination leads to someone else.
     AwaitChange {
@@ -67,6 +72,15 @@ pub enum Order {
         targets: u64,
         /// The source address that tells a backend.
         source: IpAddr,
+        /// When to give up.
+        timeout: Duration,
+    },
+    /// Asks over UDP who answers, until it is the one with this tag.
+    AwaitServer {
+        /// Where.
+        to: SocketAddr,
+        /// Who.
+        tag: u8,
         /// When to give up.
         timeout: Duration,
     },
@@ -189,8 +203,8 @@ impl Client {
     }
 
     /// Starts the measuring server in the client's process.
-    pub fn serve_measured(&self, port: u16, cpu: Option<usize>) -> Result<()> {
-        let Outcome::Done = self.order(Order::Serve { port, cpu })? else {
+    pub fn serve_measured(&self, port: u16, cpu: Option<usize>, tag: u8) -> Result<()> {
+        let Outcome::Done = self.order(Order::Serve { port, cpu, tag })? else {
             bail!("the server did not start")
         };
         Ok(())
@@ -222,6 +236,14 @@ impl Client {
             bail!("no times came back")
         };
         Ok(all)
+    }
+
+    /// Waits until a destination is answered by the server with this tag; returns when, on `CLOCK_MONOTONIC`.
+    pub fn await_server(&self, to: SocketAddr, tag: u8, timeout: Duration) -> Result<u64> {
+        let Outcome::All(all) = self.order(Order::AwaitServer { to, tag, timeout })? else {
+            bail!("no times came back")
+        };
+        Ok(all.last_ns)
     }
 
     fn order(&self, order: Order) -> Result<Outcome> {
@@ -263,9 +285,9 @@ impl Bench {
                 }
                 run(&slice, self.get(slice.targets)?).map(Outcome::Samples)
             }
-            Order::Serve { port, cpu } => {
+            Order::Serve { port, cpu, tag } => {
                 for address in [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {
-                    serve(SocketAddr::new(address, port), cpu)?;
+                    serve(SocketAddr::new(address, port), cpu, tag)?;
                 }
                 Ok(Outcome::Done)
             }
@@ -276,6 +298,7 @@ impl Bench {
             Order::AwaitAll { targets, source, timeout } => {
                 await_all(self.get(targets)?, source, timeout).map(Outcome::All)
             }
+            Order::AwaitServer { to, tag, timeout } => await_server(to, tag, timeout).map(Outcome::All),
             Order::AwaitAnswers { targets, timeout } => {
                 await_answers(self.get(targets)?, timeout).map(Outcome::All)
             }

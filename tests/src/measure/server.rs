@@ -18,14 +18,14 @@ use nix::{
 };
 
 use super::{
-    STREAM_BLOCK_BYTES, SWALLOW,
+    STREAM_BLOCK_BYTES, SWALLOW, WHO,
     cpu::pin,
     loops::{family_of, new_socket},
 };
 
 /// Serves TCP and UDP at an address, each from a thread of its own, one connection after the other: the client under
 /// measurement has one at a time.
-pub(super) fn serve(address: SocketAddr, cpu: Option<usize>) -> Result<()> {
+pub(super) fn serve(address: SocketAddr, cpu: Option<usize>, tag: u8) -> Result<()> {
     let descriptor = new_socket(family_of(address), SockType::Stream)?;
     listen_only_to_own_family(&descriptor, address)?;
     setsockopt(&descriptor, nix::sys::socket::sockopt::ReuseAddr, &true).context("SO_REUSEADDR")?;
@@ -56,9 +56,9 @@ pub(super) fn serve(address: SocketAddr, cpu: Option<usize>) -> Result<()> {
         loop {
             // An error here is one of an earlier answer whose receiver has gone: the next datagram is as good as any.
             let _ = if address.is_ipv4() {
-                return_datagram_v4(&descriptor)
+                return_datagram_v4(&descriptor, tag)
             } else {
-                return_datagram_v6(&descriptor)
+                return_datagram_v6(&descriptor, tag)
             };
         }
     })?;
@@ -86,7 +86,7 @@ fn answer(mut stream: TcpStream, buffer: &mut [u8]) -> std::io::Result<()> {
 }
 
 /// Answers from the address that was asked, which a socket bound to every address must say itself.
-fn return_datagram_v4(descriptor: &OwnedFd) -> nix::Result<()> {
+fn return_datagram_v4(descriptor: &OwnedFd, tag: u8) -> nix::Result<()> {
     let mut buffer = [0; 512];
     let mut space = nix::cmsg_space!(libc::in_pktinfo);
     let mut parts = [IoSliceMut::new(&mut buffer)];
@@ -102,13 +102,14 @@ fn return_datagram_v4(descriptor: &OwnedFd) -> nix::Result<()> {
         ipi_addr: libc::in_addr { s_addr: 0 },
     });
     let control = info.as_ref().map(ControlMessage::Ipv4PacketInfo);
-    let parts = [IoSlice::new(buffer.get(..length).unwrap_or_default())];
+    let answer = buffer.get(..length).unwrap_or_default();
+    let parts = [IoSlice::new(if answer == [WHO] { std::slice::from_ref(&tag) } else { answer })];
     sendmsg(descriptor.as_raw_fd(), &parts, control.as_slice(), MsgFlags::empty(), from.as_ref())?;
     Ok(())
 }
 
 /// [`return_datagram_v4`], with the structures of the other family.
-fn return_datagram_v6(descriptor: &OwnedFd) -> nix::Result<()> {
+fn return_datagram_v6(descriptor: &OwnedFd, tag: u8) -> nix::Result<()> {
     let mut buffer = [0; 512];
     let mut space = nix::cmsg_space!(libc::in6_pktinfo);
     let mut parts = [IoSliceMut::new(&mut buffer)];
@@ -123,7 +124,8 @@ fn return_datagram_v6(descriptor: &OwnedFd) -> nix::Result<()> {
         }
     });
     let control = info.as_ref().map(ControlMessage::Ipv6PacketInfo);
-    let parts = [IoSlice::new(buffer.get(..length).unwrap_or_default())];
+    let answer = buffer.get(..length).unwrap_or_default();
+    let parts = [IoSlice::new(if answer == [WHO] { std::slice::from_ref(&tag) } else { answer })];
     sendmsg(descriptor.as_raw_fd(), &parts, control.as_slice(), MsgFlags::empty(), from.as_ref())?;
     Ok(())
 }

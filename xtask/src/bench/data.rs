@@ -21,7 +21,7 @@ use super::{
 
 /// Names of arms.
 const DIRECT: &str = "direct";
-const SHEAVE: &str = "sheave";
+pub(crate) const SHEAVE: &str = "sheave";
 pub(crate) const NFTABLES: &str = "kube-proxy nftables";
 pub(crate) const IPTABLES: &str = "kube-proxy iptables";
 

@@ -5,12 +5,14 @@
 //! metric whose two direct arms differ beyond [`NOISE_MAX`] is void.
 
 mod api;
+mod baseline;
 mod control;
 mod data;
 mod packets;
 mod peers;
 mod plot;
 mod report;
+mod rivals;
 mod row;
 mod scale;
 mod stats;
@@ -19,6 +21,7 @@ mod world;
 use std::{
     env, fs,
     os::unix::process::CommandExt,
+    path::PathBuf,
     process::Command,
     sync::atomic::{AtomicBool, Ordering},
     thread,
@@ -28,7 +31,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use nix::sys::signal::{SigSet, Signal};
-use sheave_tests::kubernetes::kube_proxy::Mode;
+use sheave_tests::kubernetes::{kube_proxy::Mode, programs};
 
 use self::{
     data::Worlds,
@@ -37,7 +40,10 @@ use self::{
     scale::Scale,
     world::World,
 };
-use crate::{build::Binaries, shell::seconds};
+use crate::{
+    build::Binaries,
+    shell::{output, seconds},
+};
 
 /// Half the width of the interval around one that two equal arms may have.
 pub(crate) const NOISE_MAX: f64 = 0.02;
@@ -63,7 +69,22 @@ pub(crate) struct Options {
     /// Without kube-proxy: needs no program of Kubernetes
     #[arg(long)]
     alone: bool,
-    /// Metrics: p1 p2 p3 p4 p5 p8 a1 a2 a4 a6 (a4 has a5, p1 has p7 and p12); without, all of these. Only when named: api,
+    /// Numbers of Services, instead of the usual ones
+    #[arg(long, value_name = "NUMBER")]
+    services: Vec<u32>,
+    /// Adds to what an earlier run left in `target/bench/`
+    #[arg(long)]
+    add: bool,
+    /// Compares ratios with a baseline (as `benchmarks/baseline.json`), and fails if one got worse
+    #[arg(long, value_name = "FILE")]
+    check: Option<PathBuf>,
+    /// Writes BENCHMARKS.md and `benchmarks/`
+    #[arg(long)]
+    publish: bool,
+    /// Measures nothing: only reports again what an earlier run left
+    #[arg(long, conflicts_with = "ids")]
+    report: bool,
+    /// Metrics: p1 p2 p3 p4 p5 p8 a1 a2 a3 a4 a6 (a4 has a5, p1 has p7 and p12); without, all of these. Only when named: api,
     /// an agent beside a real API server, which takes ten minutes at 10,000 Services
     ids: Vec<String>,
 }
@@ -81,12 +102,22 @@ pub(crate) struct Effort {
     pub(crate) slice: Duration,
     /// Endpoint changes.
     pub(crate) flips: u32,
+    /// Endpoint changes there and back by an API server.
+    pub(crate) api_flips: u32,
     /// Starts of the agent.
     pub(crate) starts: u32,
 }
 
 impl Options {
     fn effort(&self) -> Effort {
+        let effort = self.usual();
+        match &*self.services {
+            [] => effort,
+            sizes => Effort { sizes: sizes.to_vec(), ..effort },
+        }
+    }
+
+    fn usual(&self) -> Effort {
         let ms = Duration::from_millis;
         if self.smoke {
             return Effort {
@@ -95,14 +126,31 @@ impl Options {
                 rounds: 3,
                 slice: ms(50),
                 flips: 20,
+                api_flips: 3,
                 starts: 1,
             };
         }
         if self.full {
             let sizes = vec![1, 1000, 10_000, 50_000];
-            return Effort { sizes, endpoints: 10, rounds: 20, slice: ms(300), flips: 500, starts: 5 };
+            return Effort {
+                sizes,
+                endpoints: 10,
+                rounds: 20,
+                slice: ms(300),
+                flips: 500,
+                api_flips: 50,
+                starts: 5,
+            };
         }
-        Effort { sizes: vec![1, 10_000], endpoints: 2, rounds: 16, slice: ms(200), flips: 300, starts: 3 }
+        Effort {
+            sizes: vec![1, 10_000],
+            endpoints: 2,
+            rounds: 16,
+            slice: ms(200),
+            flips: 300,
+            api_flips: 10,
+            starts: 3,
+        }
     }
 
     /// Whether a real API server is needed.
@@ -136,7 +184,7 @@ pub(crate) fn prepared(binaries: &Binaries) -> Result<()> {
 /// Runs the benchmark and writes `target/bench/`.
 pub(crate) fn run(options: &Options) -> Result<()> {
     for id in &options.ids {
-        let known = ["p1", "p2", "p3", "p4", "p5", packets::ID, "a1", "a2", "a4", "a6", api::ID];
+        let known = ["p1", "p2", "p3", "p4", "p5", packets::ID, "a1", "a2", "a3", "a4", "a6", api::ID];
         if !known.contains(&id.to_lowercase().as_str()) {
             bail!("no metric {id}: {}", known.join(" "));
         }
@@ -151,9 +199,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         }
     });
     let effort = options.effort();
-    let mut report = Report::new(&effort)?;
+    let mut report = Report::new(&effort, options.add || options.report)?;
     let started = Instant::now();
-    for services in &effort.sizes {
+    for services in effort.sizes.iter().filter(|_| !options.report) {
         let data = ["p1", "p2", "p3", "p4", "p5"].iter().any(|id| options.wants(id));
         if data {
             let worlds = worlds(*services, &effort, options.alone)?;
@@ -176,6 +224,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             println!("── {services} Services, control plane");
             control::measure(&mut world, options, &effort, &mut report)?;
         }
+        if !options.alone && ["a1", "a2", "a3"].iter().any(|id| options.wants(id)) {
+            println!("── {services} Services, control planes by one API server");
+            rivals::measure(*services, options, &effort, &mut report)?;
+        }
         // What there is so far is kept if a larger size fails.
         report.write()?;
     }
@@ -185,7 +237,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     report.growth();
     report.write()?;
     println!("── all of it took {}; see {}", seconds(started.elapsed()), report.directory().display());
-    Ok(())
+    if options.publish {
+        report.publish()?;
+    }
+    options.check.iter().try_for_each(|baseline| report.check(baseline))
 }
 
 /// The worlds of the data path at a size, each with its proxy at work.
@@ -226,6 +281,20 @@ pub(crate) fn go_on() -> Result<()> {
         bail!("stopped by Ctrl-C");
     }
     Ok(())
+}
+
+/// What is compared, by version.
+pub(crate) fn versions() -> Result<Vec<String>> {
+    let first = |program: &str, arguments: &[&str]| -> Result<String> {
+        let said = output(Command::new(program).args(arguments))?;
+        Ok(String::from_utf8_lossy(&said).lines().next().unwrap_or_default().trim().to_owned())
+    };
+    Ok(vec![
+        format!("Sheave {}", env!("CARGO_PKG_VERSION")),
+        format!("kube-proxy {}", programs::VERSION),
+        first("nft", &["--version"])?,
+        first("xtables-legacy-multi", &["iptables", "--version"])?,
+    ])
 }
 
 /// The machine, as far as it matters.

@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use serde_json::Value;
+use serde_json::{Value, json};
 use sheave_tests::{
     cgroup,
     kubernetes::{
@@ -18,7 +18,7 @@ use sheave_tests::{
 };
 
 use super::{
-    scale::{CLUSTER_CIDR, Scale},
+    scale::{CLUSTER_CIDR, NAMESPACE, Scale},
     world::World,
 };
 
@@ -37,6 +37,8 @@ impl Hub {
     pub(crate) fn new(scale: &Scale) -> Result<Self> {
         let lab = Lab::with(Shape { nodes: 0, pods: 0 })?;
         let plane = ControlPlane::start(&lab)?;
+        let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}, "status": {"phase": "Active"}});
+        plane.store([(format!("namespaces/{NAMESPACE}"), namespace)])?;
         plane.store(scale.objects().map(|object| {
             let text = |pointer| object.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
             let kind = if text("/kind") == "Service" { "services/specs" } else { "endpointslices" };
@@ -76,7 +78,7 @@ impl Peer {
     pub(crate) fn start(hub: &Hub, world: World, number: u8, mode: Mode) -> Result<Self> {
         let node = world.node()?;
         let kubeconfig = hub.admit(node, number)?;
-        let proxy = KubeProxy::start(node, &kubeconfig, mode, CLUSTER_CIDR, 1)?;
+        let proxy = KubeProxy::start(node, &kubeconfig, mode, CLUSTER_CIDR, 1000)?;
         Ok(Self { proxy, mode, world })
     }
 
@@ -89,11 +91,6 @@ impl Peer {
             .with_context(|| format!("kube-proxy, {}", self.mode.name()))?;
         self.proxy.check()?;
         Ok(started.elapsed())
-    }
-
-    /// The process id of kube-proxy itself.
-    pub(crate) fn pid(&self) -> u32 {
-        self.proxy.pid()
     }
 
     /// Stops kube-proxy, or lets it go on.

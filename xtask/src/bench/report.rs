@@ -8,19 +8,20 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{
-    Effort,
+    Effort, baseline,
     control::p50_p99,
     machine, plot,
     row::{Comparison, Row},
     stats::{Estimate, slope},
+    versions,
 };
 use crate::shell::root;
 
 /// A figure of the control plane.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Fact {
     id: String,
     name: String,
@@ -54,36 +55,46 @@ impl Fact {
 }
 
 /// All of it.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Report {
     machine: String,
+    versions: Vec<String>,
     rounds: u32,
-    slice_ms: u128,
+    slice_ms: u64,
     rows: Vec<Row>,
     facts: Vec<Fact>,
     /// Nanoseconds for each Service more, by metric and arm.
     growth: Vec<(String, f64)>,
     #[serde(skip)]
     directory: PathBuf,
-    #[serde(skip)]
+    #[serde(skip, default = "Instant::now")]
     started: Instant,
 }
 
 impl Report {
-    /// An empty one.
-    pub(crate) fn new(effort: &Effort) -> Result<Self> {
+    /// An empty one; or one with what earlier runs found, of which this run's own takes the place.
+    pub(crate) fn new(effort: &Effort, add: bool) -> Result<Self> {
         let directory = root()?.join("target/bench");
         fs::create_dir_all(&directory).with_context(|| format!("making {}", directory.display()))?;
-        Ok(Self {
+        let mut report = Self {
             machine: machine(),
+            versions: versions()?,
             rounds: effort.rounds,
-            slice_ms: effort.slice.as_millis(),
+            slice_ms: u64::try_from(effort.slice.as_millis())?,
             rows: Vec::new(),
             facts: Vec::new(),
             growth: Vec::new(),
             directory,
             started: Instant::now(),
-        })
+        };
+        if add {
+            let path = report.directory.join("results.json");
+            let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+            let Self { rows, facts, .. } = serde_json::from_str(&text)
+                .with_context(|| format!("{} is not of this version", path.display()))?;
+            (report.rows, report.facts) = (rows, facts);
+        }
+        Ok(report)
     }
 
     /// Where it is written.
@@ -96,6 +107,7 @@ impl Report {
         for line in lines(&row) {
             println!("{:>5} s  {line}", self.started.elapsed().as_secs());
         }
+        self.rows.retain(|old| (&old.id, &old.name, old.services) != (&row.id, &row.name, row.services));
         self.rows.push(row);
     }
 
@@ -103,11 +115,13 @@ impl Report {
     pub(crate) fn fact(&mut self, fact: Fact) {
         let Fact { id, name, services, text, .. } = &fact;
         println!("{:>5} s  {id}  {name}, {services} Services: {text}", self.started.elapsed().as_secs());
+        self.facts.retain(|old| (&old.id, &old.name, old.services) != (&fact.id, &fact.name, fact.services));
         self.facts.push(fact);
     }
 
     /// P7: how cost grows with the number of Services.
     pub(crate) fn growth(&mut self) {
+        self.growth.clear();
         let mut names: Vec<_> = self.rows.iter().map(|row| row.name.clone()).collect();
         names.sort();
         names.dedup();
@@ -135,13 +149,42 @@ impl Report {
         fs::write(self.directory.join("results.json"), raw).context("writing results.json")?;
         fs::write(self.directory.join("ratios.svg"), plot::ratios(&self.rows))
             .context("writing ratios.svg")?;
-        fs::write(self.directory.join("report.md"), self.page()).context("writing report.md")
+        fs::write(self.directory.join("report.md"), self.page("ratios.svg")).context("writing report.md")
     }
 
-    fn page(&self) -> String {
+    /// Says what has got worse since a baseline; that is an error.
+    pub(crate) fn check(&self, baseline: &Path) -> Result<()> {
+        baseline::check(baseline, &self.rows)
+    }
+
+    /// Writes what is kept with the source: the page, its plot, and what later runs are compared with.
+    pub(crate) fn publish(&self) -> Result<()> {
+        let root = root()?;
+        let directory = root.join("benchmarks");
+        fs::create_dir_all(&directory).with_context(|| format!("making {}", directory.display()))?;
+        let baseline =
+            serde_json::to_vec_pretty(&baseline::of(&self.rows)).context("encoding the baseline")?;
+        for (path, bytes) in [
+            (directory.join("baseline.json"), baseline),
+            (directory.join("ratios.svg"), plot::ratios(&self.rows).into_bytes()),
+            (root.join("BENCHMARKS.md"), self.page("benchmarks/ratios.svg").into_bytes()),
+        ] {
+            fs::write(&path, bytes).with_context(|| format!("writing {}", path.display()))?;
+            println!("── wrote {}", path.display());
+        }
+        Ok(())
+    }
+
+    fn page(&self, plot: &str) -> String {
         let mut page = format!(
-            "# Sheave beside the way without a Service\n\n{}. {} rounds that count, slices of {} ms.\n\n{METHOD}\n",
-            self.machine, self.rounds, self.slice_ms
+            "# Sheave beside kube-proxy, and beside the way without a Service\n\n\
+             Written by `cargo xtask bench`. {}. {}. {} rounds that count, slices of {} ms.\n\n{METHOD}\n\
+             ![ratios]({plot})\n\n## What is worse than it should be\n\n{}\n## What was compared\n\n",
+            self.machine,
+            self.versions.join(", "),
+            self.rounds,
+            self.slice_ms,
+            self.worse()
         );
         // Writing to a string cannot fail.
         let _ =
@@ -163,7 +206,10 @@ impl Report {
                 );
             }
         }
-        let _ = writeln!(page, "\n| metric | Services | arm | value | p99 | ratio to the first (95 %) |");
+        let _ = writeln!(
+            page,
+            "\n## All arms\n\n| metric | Services | arm | value | p99 | ratio to the first (95 %) |"
+        );
         let _ = writeln!(page, "|---|---|---|---|---|---|");
         for row in &self.rows {
             for arm in &row.arms {
@@ -181,12 +227,12 @@ impl Report {
                 );
             }
         }
-        let _ = writeln!(page, "\n| figure | Services | value |\n|---|---|---|");
+        let _ = writeln!(page, "\n## Sheave alone\n\n| figure | Services | value |\n|---|---|---|");
         for Fact { id, name, services, text, .. } in &self.facts {
             let _ = writeln!(page, "| {id} {name} | {services} | {text} |");
         }
         if !self.growth.is_empty() {
-            let _ = writeln!(page, "\n| p7 growth | ns a Service |\n|---|---|");
+            let _ = writeln!(page, "\n## Growth\n\n| p7 growth | ns a Service |\n|---|---|");
             for (name, slope) in &self.growth {
                 let _ = writeln!(page, "| {name} | {slope:.5} |");
             }
@@ -195,16 +241,49 @@ impl Report {
     }
 }
 
+/// What is missed or dearer than a peer, with the reason that is known.
+impl Report {
+    fn worse(&self) -> String {
+        let mut text = String::new();
+        for row in self.rows.iter().filter(|row| !row.is_void()) {
+            let is_bad = |found: &&Comparison| {
+                found.verdict() == "missed" || found.to.starts_with("kube-proxy") && found.ratio.low > 1.0
+            };
+            for found in row.comparisons.iter().filter(is_bad) {
+                let (metric, services, arm, to) = (&row.name, row.services, &found.arm, &found.to);
+                let target = found.at_most.map_or_else(String::new, |most| format!(", target {most:.3}"));
+                // Writing to a string cannot fail.
+                let _ = writeln!(
+                    text,
+                    "- {} {metric}, {services} Services: {arm} costs {:.3} of {to}{target}",
+                    row.id, found.ratio.median
+                );
+            }
+        }
+        if text.is_empty() { "Nothing.\n".to_owned() } else { format!("{text}\n{WHY}") }
+    }
+}
+
+/// Why things of the list above are as they are.
+const WHY: &str = "\
+The ways through sockets pay twice: once at `connect` or `sendto`, and on every packet for the hooks at the node's devices,
+which look at what is none of theirs (the arm `bystander`, who uses no Service, pays the second part alone). Packets of new
+flows pay for an entry in a table of flows, with a replaced source for a second one. With connection tracking on the same
+packets pay for that as well; kube-proxy has it always. A cold start at few Services is the verifier's time for our programs.
+";
+
 const METHOD: &str = "\
-Arms alternate in short slices, in reversed order each round; the first round is dropped. One process measures every arm:
-it is moved between cgroups, so that only what is attached differs. Destinations are drawn at random from all Services
-(direct: from all endpoints). A round's value is the median of its samples (UDP sockets without packets: the lowest
-tenth); ratios are taken by round, and the table has their median with a bootstrap interval. `direct again` is the direct
-arm once more: where its interval leaves 0.98..1.02 the metric is void. `bystander` dials endpoints from inside the
-agent's cgroup, at a server that is inside, too. Connects and CRR: client on CPU 1, server on CPU 0, a SCHED_IDLE spinner on
-each; RR, stream and datagrams: both on CPU 0. The agent is stopped meanwhile. Every slice first checks by source addresses
-that its destinations lead to backends. Source of the control plane's changes: a directory of JSON manifests.
-Not here yet: kube-proxy as an arm, NodePort and packet path, churn, loss of the API server.
+Arms alternate in short slices, in reversed order each round; the first round is dropped. A round's value is the median of
+its samples (UDP sockets without packets: the lowest tenth; packets: the lowest fifth of runs); ratios are taken by round,
+and tables have their median with a bootstrap interval. Each arm has a world of its own, namespaces and processes built
+alike; kube-proxies have their objects from one API server, Sheave the same objects from files. One client measures every
+arm. Destinations are drawn at random from all Services (direct: from all endpoints). `again` is the first arm once more in
+another world: where its interval leaves 0.98..1.02 (packets: 0.99..1.01) the metric is void. `bystander` dials endpoints
+from inside the agent's cgroup. Who serves is frozen meanwhile; connection tracking forgets before each slice. Connects and
+CRR: client on CPU 1, server on CPU 0, a SCHED_IDLE spinner on each; RR, stream and datagrams: both on CPU 0. Packets (p8)
+are made by the kernel at the node's uplink (XDP live frames) and counted and dropped at the backend's device, all on one
+CPU; `tracked` has a firewall rule that follows connections. iptables is the older kind. Control planes (a1..a3) are measured
+one at a time, the others stopped; `no pause` writes at once instead of once a second.
 ";
 
 fn shown(ratio: Option<Estimate>) -> String {

@@ -25,7 +25,7 @@ pub(crate) const NODE_PORTS_MAX: u32 = 2000;
 pub(crate) const CLUSTER_CIDR: &str = "10.192.0.0/10,fd00::/16";
 
 /// The namespace of all objects.
-const NAMESPACE: &str = "bench";
+pub(crate) const NAMESPACE: &str = "bench";
 
 /// Services of one file: a user has files of a reasonable size.
 const SERVICES_PER_FILE: u32 = 250;
@@ -80,6 +80,14 @@ impl Group {
         match self {
             Self::A => (Ipv4Addr::new(10, 202, 0, 1), Ipv6Addr::new(0xfd00, 0x202, 0, 0, 0, 0, 0, 1)),
             Self::B => (Ipv4Addr::new(10, 202, 0, 2), Ipv6Addr::new(0xfd00, 0x202, 0, 0, 0, 0, 0, 2)),
+        }
+    }
+
+    /// What its servers answer when they are asked who they are.
+    pub(crate) fn tag(self) -> u8 {
+        match self {
+            Self::A => b'A',
+            Self::B => b'B',
         }
     }
 
@@ -193,6 +201,27 @@ impl Scale {
         let one = Self { endpoints: 1, ..*self };
         let slices = self.families().iter().map(|family| one.slice(service, *family, group).to_string());
         Ok(slices.collect::<Vec<_>>().join("\n"))
+    }
+
+    /// The IPv4 slice of a movable Service when it is in a group, and where the API server has it.
+    pub(crate) fn moved(&self, service: u32, group: Group) -> (String, Value) {
+        let slice = Self { endpoints: 1, ..*self }.slice(service, Family::V4, group);
+        let name = slice.pointer("/metadata/name").and_then(Value::as_str).unwrap_or_default();
+        (format!("/apis/discovery.k8s.io/v1/namespaces/{NAMESPACE}/endpointslices/{name}"), slice)
+    }
+
+    /// The IPv4 slice of a Service that has one endpoint, or all in every second lap, and what the store has it under. A
+    /// movable one, which has one only, changes its address.
+    pub(crate) fn churned(&self, service: u32, lap: u32) -> (String, Value) {
+        let is_even = lap.is_multiple_of(2);
+        let slice = if self.movable().contains(&service) {
+            self.moved(service, if is_even { Group::A } else { Group::B }).1
+        } else {
+            let endpoints = if is_even { 1 } else { self.endpoints };
+            Self { endpoints, ..*self }.slice(service, Family::V4, Group::A)
+        };
+        let name = slice.pointer("/metadata/name").and_then(Value::as_str).unwrap_or_default();
+        (format!("endpointslices/{NAMESPACE}/{name}"), slice)
     }
 
     /// The Service.

@@ -80,7 +80,12 @@ pub(crate) fn slope(points: &[(f64, f64)]) -> f64 {
 
 /// Integers of a clock as numbers to reckon with, in order.
 pub(crate) fn sorted(ns: &[u64]) -> Vec<f64> {
-    let mut values: Vec<f64> = ns.iter().map(|ns| *ns as f64).collect();
+    ordered(&ns.iter().map(|ns| *ns as f64).collect::<Vec<_>>())
+}
+
+/// Numbers in order.
+pub(crate) fn ordered(values: &[f64]) -> Vec<f64> {
+    let mut values = values.to_vec();
     values.sort_by(f64::total_cmp);
     values
 }

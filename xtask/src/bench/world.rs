@@ -74,14 +74,14 @@ impl World {
 
     fn start_servers(&mut self) -> Result<()> {
         let outside = self.cgroup(Side::Outside)?;
-        for index in [1, 2] {
+        for (index, group) in [(1, Group::A), (2, Group::B)] {
             // Outside: what a server's own sockets cost under the programs is measured by the bystander arm alone.
             let server = self.lab.pod(index)?.under(outside.clone()).client()?;
-            server.serve_measured(TARGET_PORT, Some(SERVER_CPU))?;
+            server.serve_measured(TARGET_PORT, Some(SERVER_CPU), group.tag())?;
             self.servers.push(server);
         }
         let server = self.lab.pod(1)?.client()?;
-        server.serve_measured(self.inside_port, Some(SERVER_CPU))?;
+        server.serve_measured(self.inside_port, Some(SERVER_CPU), Group::A.tag())?;
         self.servers.push(server);
         Ok(())
     }
