@@ -23,6 +23,11 @@ use super::{
     loops::{family_of, new_socket},
 };
 
+/// HTTP as far as `wrk` needs it: its requests are short and come whole.
+const GET: &[u8] = b"GET ";
+const CLOSE: &[u8] = b"Connection: close";
+const OK: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+
 /// Serves TCP and UDP at an address, each from a thread of its own, one connection after the other: the client under
 /// measurement has one at a time.
 pub(super) fn serve(address: SocketAddr, cpu: Option<usize>, tag: u8) -> Result<()> {
@@ -80,6 +85,14 @@ fn answer(mut stream: TcpStream, buffer: &mut [u8]) -> std::io::Result<()> {
         if bytes.first() == Some(&SWALLOW) {
             while stream.read(buffer)? > 0 {}
             return Ok(());
+        }
+        if bytes.starts_with(GET) {
+            let ends = bytes.windows(CLOSE.len()).any(|part| part == CLOSE);
+            stream.write_all(OK)?;
+            if ends {
+                return Ok(());
+            }
+            continue;
         }
         stream.write_all(bytes)?;
     }

@@ -20,10 +20,18 @@ use super::{
 };
 
 /// Names of arms.
-const DIRECT: &str = "direct";
+pub(crate) const DIRECT: &str = "direct";
 pub(crate) const SHEAVE: &str = "sheave";
 pub(crate) const NFTABLES: &str = "kube-proxy nftables";
 pub(crate) const IPTABLES: &str = "kube-proxy iptables";
+
+/// The arm of a kube-proxy.
+pub(crate) fn name_of(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Nftables => NFTABLES,
+        Mode::Iptables => IPTABLES,
+    }
+}
 
 /// The worlds in which the data path is measured. They are built alike.
 pub(crate) struct Worlds {
@@ -41,7 +49,7 @@ pub(crate) struct Worlds {
 
 impl Worlds {
     /// Stops whoever serves, so that what they do is not part of `work`.
-    fn still<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    pub(crate) fn still<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let freeze = |frozen| -> Result<()> {
             self.hub.iter().try_for_each(|hub| hub.freeze(frozen))?;
             self.peers.iter().try_for_each(|peer| peer.freeze(frozen))
@@ -124,11 +132,8 @@ pub(crate) fn measure(
             ];
             if metric.has_packets() && family == Family::V4 {
                 for peer in &worlds.peers {
-                    let name = match peer.mode {
-                        Mode::Nftables => NFTABLES,
-                        Mode::Iptables => IPTABLES,
-                    };
-                    arms.push(Arm { told: false, ..arm(name, &peer.world, Side::Outside, vips) });
+                    let arm = arm(name_of(peer.mode), &peer.world, Side::Outside, vips);
+                    arms.push(Arm { told: false, ..arm });
                 }
             }
             arms.push(arm(AGAIN, again, Side::Outside, backends));

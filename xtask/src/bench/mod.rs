@@ -16,6 +16,7 @@ mod rivals;
 mod row;
 mod scale;
 mod stats;
+mod tools;
 mod world;
 
 use std::{
@@ -84,7 +85,7 @@ pub(crate) struct Options {
     /// Measures nothing: only reports again what an earlier run left
     #[arg(long, conflicts_with = "ids")]
     report: bool,
-    /// Metrics: p1 p2 p3 p4 p5 p8 a1 a2 a3 a4 a6 (a4 has a5, p1 has p7 and p12); without, all of these. Only when named: api,
+    /// Metrics: p1 p2 p3 p4 p5 p8 a1 a2 a3 a4 a6 tools (a4 has a5, p1 has p7 and p12); without, all of these. Only when named: api,
     /// an agent beside a real API server, which takes ten minutes at 10,000 Services
     ids: Vec<String>,
 }
@@ -184,7 +185,8 @@ pub(crate) fn prepared(binaries: &Binaries) -> Result<()> {
 /// Runs the benchmark and writes `target/bench/`.
 pub(crate) fn run(options: &Options) -> Result<()> {
     for id in &options.ids {
-        let known = ["p1", "p2", "p3", "p4", "p5", packets::ID, "a1", "a2", "a3", "a4", "a6", api::ID];
+        let known =
+            ["p1", "p2", "p3", "p4", "p5", packets::ID, "a1", "a2", "a3", "a4", "a6", tools::ID, api::ID];
         if !known.contains(&id.to_lowercase().as_str()) {
             bail!("no metric {id}: {}", known.join(" "));
         }
@@ -202,10 +204,13 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let mut report = Report::new(&effort, options.add || options.report)?;
     let started = Instant::now();
     for services in effort.sizes.iter().filter(|_| !options.report) {
-        let data = ["p1", "p2", "p3", "p4", "p5"].iter().any(|id| options.wants(id));
+        let data = ["p1", "p2", "p3", "p4", "p5", tools::ID].iter().any(|id| options.wants(id));
         if data {
             let worlds = worlds(*services, &effort, options.alone)?;
             data::measure(&worlds, options, &effort, &mut report)?;
+            if options.wants(tools::ID) {
+                tools::measure(&worlds, &effort, &mut report)?;
+            }
         }
         if options.wants(packets::ID) {
             println!("── {services} Services, packets");

@@ -9,15 +9,18 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use sheave_tests::{
     cgroup,
+    client::Client,
     kubernetes::{
         control_plane::ControlPlane,
         kube_proxy::{KubeProxy, Mode},
     },
     lab::{Lab, Node, Shape},
     manifests::lab_node,
+    measure::All,
 };
 
 use super::{
+    go_on,
     scale::{CLUSTER_CIDR, NAMESPACE, Scale},
     world::World,
 };
@@ -39,7 +42,7 @@ impl Hub {
         let plane = ControlPlane::start(&lab)?;
         let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}, "status": {"phase": "Active"}});
         plane.store([(format!("namespaces/{NAMESPACE}"), namespace)])?;
-        plane.store(scale.objects().map(|object| {
+        plane.store(scale.objects().chain(Scale::tools()).map(|object| {
             let text = |pointer| object.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
             let kind = if text("/kind") == "Service" { "services/specs" } else { "endpointslices" };
             (format!("{kind}/{}/{}", text("/metadata/namespace"), text("/metadata/name")), object)
@@ -64,6 +67,9 @@ impl Hub {
     }
 }
 
+/// How long is waited before somebody looks whether to go on.
+const LOOK: Duration = Duration::from_secs(2);
+
 /// A world with a kube-proxy.
 pub(crate) struct Peer {
     proxy: KubeProxy,
@@ -84,17 +90,32 @@ impl Peer {
 
     /// Waits until its Services answer; returns how long that took.
     pub(crate) fn await_synced(&mut self, started: Instant) -> Result<Duration> {
-        let vips = self.world.scale.vips(super::scale::Family::V4);
         let client = self.world.client();
-        client
-            .await_answers(client.targets(vips)?, SYNCED_WITHIN)
+        let targets = client.targets(self.world.scale.vips(super::scale::Family::V4))?;
+        await_all_answer(client, targets, SYNCED_WITHIN, || self.proxy.check())
             .with_context(|| format!("kube-proxy, {}", self.mode.name()))?;
-        self.proxy.check()?;
         Ok(started.elapsed())
     }
 
     /// Stops kube-proxy, or lets it go on.
     pub(crate) fn freeze(&self, frozen: bool) -> Result<()> {
         cgroup::freeze(self.proxy.cgroup(), frozen)
+    }
+}
+
+/// Waits until all destinations answer, and looks meanwhile whether there is still something to wait for.
+pub(crate) fn await_all_answer(
+    client: &Client,
+    targets: u64,
+    within: Duration,
+    mut check: impl FnMut() -> Result<()>,
+) -> Result<All> {
+    let begun = Instant::now();
+    loop {
+        match client.await_answers(targets, LOOK) {
+            Ok(all) => return Ok(all),
+            Err(error) if begun.elapsed() > within => return Err(error),
+            Err(_) => go_on().and_then(|()| check())?,
+        }
     }
 }

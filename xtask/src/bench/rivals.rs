@@ -17,7 +17,7 @@ use super::{
     Effort, Options,
     data::{IPTABLES, NFTABLES, SHEAVE},
     go_on,
-    peers::Hub,
+    peers::{Hub, await_all_answer},
     report::Report,
     row::{Goal, Row},
     scale::{CLUSTER_CIDR, Family, Group, Scale},
@@ -168,7 +168,8 @@ fn starts(hub: &Hub, scale: Scale, effort: &Effort, report: &mut Report) -> Resu
                     Proxy::Kube(KubeProxy::start(node, &kubeconfig, mode, CLUSTER_CIDR, pause_ms)?)
                 }
             };
-            let all = world.client().await_answers(vips, STARTED_WITHIN).with_context(|| name.to_owned())?;
+            let all = await_all_answer(world.client(), vips, STARTED_WITHIN, || Ok(()))
+                .with_context(|| name.to_owned())?;
             rounds.push((all.all_ns - begun_ns) as f64 / 1e6);
             let rival = Rival { name, proxy, world };
             if start + 1 == starts {

@@ -21,6 +21,11 @@ pub(crate) const TARGET_PORT: u16 = 8080;
 pub(crate) const NODE_PORT: u16 = 30_000;
 pub(crate) const NODE_PORTS_MAX: u32 = 2000;
 
+/// A Service more, for tools that have servers of their own: its address, its endpoint and their port.
+pub(crate) const TOOL_VIP: &str = "10.97.0.1";
+pub(crate) const TOOL_BACKEND: &str = "10.208.0.9";
+pub(crate) const TOOL_PORT: u16 = 5201;
+
 /// Where pods and their clients are, so that nobody's source is replaced.
 pub(crate) const CLUSTER_CIDR: &str = "10.192.0.0/10,fd00::/16";
 
@@ -166,6 +171,16 @@ impl Scale {
         })
     }
 
+    /// The Service for tools, and its slice.
+    pub(crate) fn tools() -> [Value; 2] {
+        use sheave_tests::manifests;
+        let service = manifests::service("tools", &[TOOL_VIP]).port("tcp", "TCP", TOOL_PORT, TOOL_PORT);
+        let slice = manifests::slice("tools-1", "tools", "IPv4")
+            .slice_port("tcp", "TCP", TOOL_PORT)
+            .endpoint(TOOL_BACKEND, "node-1");
+        [service, slice].map(|object| object.namespace(NAMESPACE).json().clone())
+    }
+
     /// Writes everything.
     pub(crate) fn write(&self, directory: &Path) -> Result<()> {
         let movable = self.movable();
@@ -185,6 +200,8 @@ impl Scale {
             }
             file.flush()?;
         }
+        let tools = Self::tools().map(|object| object.to_string()).join("\n");
+        fs::write(directory.join("tools.json"), tools)?;
         for service in movable {
             fs::write(directory.join(Self::movable_file(service)), self.movable_text(service, Group::A)?)?;
         }

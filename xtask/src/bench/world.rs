@@ -167,7 +167,8 @@ impl World {
         self.agent()?.signal(if frozen { Signal::SIGSTOP } else { Signal::SIGCONT })
     }
 
-    fn cgroup(&self, side: Side) -> Result<PathBuf> {
+    /// Where a client is that is there.
+    pub(crate) fn cgroup(&self, side: Side) -> Result<PathBuf> {
         Ok(match side {
             Side::Inside => self.lab.pod(0)?.cgroup().to_owned(),
             Side::Outside => self.lab.cgroup().join("bench-outside"),
