@@ -14,6 +14,7 @@ use sheave_tests::{
     cgroup,
     client::Client,
     lab::{Lab, Place, Shape},
+    measure::packets::{Arrivals, Arrived, Counter, Flows, Generator, Target, mac_of},
     protocol::{Dial, LoopSpec, Transport},
 };
 
@@ -261,4 +262,32 @@ fn the_next_run_sweeps_up_after_a_dead_one() {
     fs::create_dir_all(directory.join("node-1")).unwrap();
     sheave_tests::lab::sweep().unwrap();
     assert!(!cgroup.exists() && !directory.exists());
+}
+
+#[test]
+fn frames_that_the_kernel_makes_are_forwarded_and_counted() {
+    let lab = Lab::new(2).unwrap();
+    let (host, pod) = (lab.node(0).unwrap().host().netns(), lab.pod(1).unwrap());
+    let mac = mac_of(pod.netns(), "eth0").unwrap().map(|byte| format!("{byte:02x}")).join(":");
+    host.ip(&format!("neighbour replace {} lladdr {mac} dev veth2 nud permanent\n", pod.v4())).unwrap();
+    let generator = Generator::new(host, "eth0").unwrap();
+    let arrivals = Arrivals { prefix: pod.v4(), prefix_len: 32, port: 9876 };
+    let counter = Counter::new(pod.netns(), "eth0", arrivals).unwrap();
+    let run = |flows, port, count| {
+        let frames = generator.frames(flows, Target { address: pod.v4(), port, ports: 1 }).unwrap();
+        assert!(generator.run(&frames, count, 0).unwrap() > 0);
+        counter.read().unwrap()
+    };
+    // A wrong checksum of any of them would be the end of it on the way.
+    assert_eq!(run(Flows::New, 9876, 100_000), Arrived { unchanged: 100_000, replaced: 0 });
+    assert_eq!(run(Flows::Known, 9876, 1000), Arrived { unchanged: 101_000, replaced: 0 });
+    assert_eq!(run(Flows::Known, 9877, 1000), Arrived { unchanged: 101_000, replaced: 0 });
+
+    sheave_tests::nodes::nft(
+        host,
+        "add table ip nat; add chain ip nat post { type nat hook postrouting priority 100; }; \
+         add rule ip nat post masquerade",
+    )
+    .unwrap();
+    assert_eq!(run(Flows::Known, 9876, 1000), Arrived { unchanged: 101_000, replaced: 1000 });
 }

@@ -5,6 +5,7 @@
 
 mod lifecycle;
 mod outages;
+mod peer;
 mod policy;
 mod rights;
 mod rolling;

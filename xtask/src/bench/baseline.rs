@@ -41,8 +41,7 @@ pub(crate) fn check(path: &Path, rows: &[Row]) -> Result<()> {
     let pairs: Vec<_> =
         now.iter().filter_map(|now| Some((then.iter().find(|then| then.is_of(now))?, now))).collect();
     ensure!(!pairs.is_empty(), "nothing of this run is in {}", path.display());
-    let lines: Vec<_> =
-        pairs.iter().filter(|(then, now)| now.is_worse_than(then)).map(|pair| told(pair)).collect();
+    let lines: Vec<_> = pairs.iter().filter(|(then, now)| now.is_worse_than(then)).map(told).collect();
     println!("{} comparisons with {}: {} got worse", pairs.len(), path.display(), lines.len());
     if !lines.is_empty() {
         bail!("worse than {}:\n{}", path.display(), lines.join("\n"));

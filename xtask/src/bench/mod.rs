@@ -203,18 +203,32 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let effort = options.effort();
     let mut report = Report::new(&effort, options.add || options.report)?;
     let started = Instant::now();
-    for services in effort.sizes.iter().filter(|_| !options.report) {
+    let measured = if options.report { Ok(()) } else { measure(options, &effort, &mut report) };
+    // What there is so far is kept, whatever came then.
+    report.growth();
+    report.write()?;
+    measured?;
+    println!("── all of it took {}; see {}", seconds(started.elapsed()), report.directory().display());
+    if options.publish {
+        report.publish()?;
+    }
+    options.check.iter().try_for_each(|baseline| report.check(baseline))
+}
+
+/// All that is wanted, size by size.
+fn measure(options: &Options, effort: &Effort, report: &mut Report) -> Result<()> {
+    for services in &effort.sizes {
         let data = ["p1", "p2", "p3", "p4", "p5", tools::ID].iter().any(|id| options.wants(id));
         if data {
-            let worlds = worlds(*services, &effort, options.alone)?;
-            data::measure(&worlds, options, &effort, &mut report)?;
+            let worlds = worlds(*services, effort, options.alone)?;
+            data::measure(&worlds, options, effort, report)?;
             if options.wants(tools::ID) {
-                tools::measure(&worlds, &effort, &mut report)?;
+                tools::measure(&worlds, effort, report)?;
             }
         }
         if options.wants(packets::ID) {
             println!("── {services} Services, packets");
-            packets::measure(*services, options.alone, &effort, &mut report)?;
+            packets::measure(*services, options.alone, effort, report)?;
         }
         if ["a1", "a2", "a4", "a6"].iter().any(|id| options.wants(id)) {
             let scale = Scale {
@@ -227,25 +241,17 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             let mut world = World::new(scale)?;
             world.write_manifests()?;
             println!("── {services} Services, control plane");
-            control::measure(&mut world, options, &effort, &mut report)?;
+            control::measure(&mut world, options, effort, report)?;
         }
         if !options.alone && ["a1", "a2", "a3"].iter().any(|id| options.wants(id)) {
             println!("── {services} Services, control planes by one API server");
-            rivals::measure(*services, options, &effort, &mut report)?;
+            rivals::measure(*services, options, effort, report)?;
         }
-        // What there is so far is kept if a larger size fails.
-        report.write()?;
     }
     if options.ids.iter().any(|wanted| wanted.eq_ignore_ascii_case(api::ID)) {
-        api::measure(&effort, &mut report)?;
+        api::measure(effort, report)?;
     }
-    report.growth();
-    report.write()?;
-    println!("── all of it took {}; see {}", seconds(started.elapsed()), report.directory().display());
-    if options.publish {
-        report.publish()?;
-    }
-    options.check.iter().try_for_each(|baseline| report.check(baseline))
+    Ok(())
 }
 
 /// The worlds of the data path at a size, each with its proxy at work.

@@ -278,7 +278,7 @@ its samples (UDP sockets without packets: the lowest tenth; packets: the lowest 
 and tables have their median with a bootstrap interval. Each arm has a world of its own, namespaces and processes built
 alike; kube-proxies have their objects from one API server, Sheave the same objects from files. One client measures every
 arm. Destinations are drawn at random from all Services (direct: from all endpoints). `again` is the first arm once more in
-another world: where its interval leaves 0.98..1.02 (packets: 0.99..1.01) the metric is void. `bystander` dials endpoints
+another world: where its interval leaves 0.98..1.02 (packets of known flows: 0.99..1.01) the metric is void. `bystander` dials endpoints
 from inside the agent's cgroup. Who serves is frozen meanwhile; connection tracking forgets before each slice. Connects and
 CRR: client on CPU 1, server on CPU 0, a SCHED_IDLE spinner on each; RR, stream and datagrams: both on CPU 0. Packets (p8)
 are made by the kernel at the node's uplink (XDP live frames) and counted and dropped at the backend's device, all on one

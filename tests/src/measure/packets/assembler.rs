@@ -97,7 +97,7 @@ impl Program {
     }
 
     /// The lower 16 or 32 bits in the network's order.
-    pub(super) fn to_network(&mut self, to: Register, bits: i32) -> &mut Self {
+    pub(super) fn reorder(&mut self, to: Register, bits: i32) -> &mut Self {
         self.push(0xdc, to, 0, 0, bits)
     }
 

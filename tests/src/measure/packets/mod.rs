@@ -201,19 +201,19 @@ fn make(state: i32, mac: [u8; 6], flows: Flows, target: Target) -> Vec<u64> {
     }
     // Its source port: the lower 15 bits. Beyond that the address is another one, and with it the header's checksum.
     code.by(Operation::Move, R4, R6).with(Operation::And, R4, 0x7fff).with(Operation::Add, R4, 1024);
-    code.to_network(R4, 16).store(Width::Half, R2, SOURCE_PORT, R4);
+    code.reorder(R4, 16).store(Width::Half, R2, SOURCE_PORT, R4);
     code.by(Operation::Move, R4, R6).with(Operation::ShiftRight, R4, 15).with(Operation::And, R4, 0xffff);
     code.by(Operation::Move, R5, R4).with(Operation::Add, R5, sum(&template[IP..IP + 20]));
-    code.to_network(R4, 16).store(Width::Half, R2, SOURCE + 2, R4);
+    code.reorder(R4, 16).store(Width::Half, R2, SOURCE + 2, R4);
     code.by(Operation::Move, R4, R5).with(Operation::ShiftRight, R4, 16);
     code.with(Operation::And, R5, 0xffff).by(Operation::Add, R5, R4).with(Operation::Xor, R5, 0xffff);
-    code.to_network(R5, 16).store(Width::Half, R2, IP_CHECKSUM, R5);
+    code.reorder(R5, 16).store(Width::Half, R2, IP_CHECKSUM, R5);
     // Its destination port: any of them, but always the same.
     code.by(Operation::Move, R4, R6).with(Operation::Multiply, R4, 0x9e37_79b1_u32.cast_signed());
     code.with(Operation::ShiftRight, R4, 12).with(Operation::And, R4, 0xf_ffff);
     code.with(Operation::Modulo, R4, i32::from(target.ports)).with(Operation::Multiply, R4, 2);
     code.with(Operation::Add, R4, i32::from(target.port));
-    code.to_network(R4, 16).store(Width::Half, R2, DESTINATION_PORT, R4);
+    code.reorder(R4, 16).store(Width::Half, R2, DESTINATION_PORT, R4);
     code.returns(XDP_PASS).last(XDP_ABORTED)
 }
 
@@ -252,7 +252,7 @@ fn count(counts: i32, arrivals: Arrivals) -> Vec<u64> {
     code.load(Width::Half, R4, R2, 12).end_if(Condition::NotEqual, R4, 0x0008);
     code.load(Width::Byte, R4, R2, 23).end_if(Condition::NotEqual, R4, 17);
     code.load(Width::Half, R4, R2, DESTINATION_PORT).end_if(Condition::NotEqual, R4, port);
-    code.load(Width::Word, R4, R2, DESTINATION).to_network(R4, 32);
+    code.load(Width::Word, R4, R2, DESTINATION).reorder(R4, 32);
     code.with(Operation::ShiftRight, R4, 32 - arrivals.prefix_len.cast_signed());
     code.end_if(
         Condition::NotEqual,
