@@ -10,8 +10,11 @@ use sheave_tests::{
     lab::Lab,
     manifests::{lab_node, service, slice},
     protocol::{Dial, Transport},
-    scene::{TARGET, at, eventually, fail, reach},
+    scene::{TARGET, at, eventually_within, fail, reach},
 };
+
+/// A busy kernel takes its time for rules.
+const SERVES_WITHIN: Duration = Duration::from_secs(180);
 
 #[test]
 fn kube_proxy_serves_by_packets_what_the_store_has() {
@@ -36,7 +39,9 @@ fn kube_proxy_serves_by_packets_what_the_store_has() {
         let kubeconfig = plane.join(node, 1).unwrap();
         let mut proxy = KubeProxy::start(node, &kubeconfig, mode, "10.244.0.0/16,fd00::/16", 1000).unwrap();
 
-        let exchange = eventually("kube-proxy serves", || reach(&client, Transport::Tcp, dial)).unwrap();
+        let exchange =
+            eventually_within(SERVES_WITHIN, "kube-proxy serves", || reach(&client, Transport::Tcp, dial))
+                .unwrap();
         assert_eq!(exchange.answer.as_deref(), Some(backend.name()), "{mode:?}");
         proxy.check().unwrap();
     }

@@ -76,10 +76,10 @@ pub(crate) struct Options {
     /// Adds to what an earlier run left in `target/bench/`
     #[arg(long)]
     add: bool,
-    /// Compares ratios with a baseline (as `benchmarks/baseline.json`), and fails if one got worse
+    /// Compares ratios with a baseline (as `xtask/benchmarks/baseline.json`), and fails if one got worse
     #[arg(long, value_name = "FILE")]
     check: Option<PathBuf>,
-    /// Writes BENCHMARKS.md and `benchmarks/`
+    /// Writes BENCHMARKS.md and `xtask/benchmarks/`
     #[arg(long)]
     publish: bool,
     /// Measures nothing: only reports again what an earlier run left

@@ -24,9 +24,8 @@ use super::{
 /// Which metric this is.
 pub(crate) const ID: &str = "p8";
 
-/// Two equal arms may differ by so much; more where every slice begins with cold tables.
-const NOISE_MAX_KNOWN: f64 = 0.01;
-const NOISE_MAX_NEW: f64 = super::NOISE_MAX;
+/// Two equal arms may differ by so much.
+const NOISE_MAX: f64 = 0.01;
 
 /// Frames of one run: new flows cost their caches.
 const FRAMES: u32 = 8192;
@@ -276,11 +275,7 @@ fn one(
         let name = format!("{name}: frames lost, {arm}");
         report.fact(Fact::count(ID, &name, scale.services, lost));
     }
-    let noise_max = match flows {
-        Flows::Known => NOISE_MAX_KNOWN,
-        Flows::New => NOISE_MAX_NEW,
-    };
-    let mut row = Row::new(ID, name.to_owned(), "ns", scale.services, Some(noise_max));
+    let mut row = Row::new(ID, name.to_owned(), "ns", scale.services, Some(NOISE_MAX));
     for ((name, ..), values) in arms.iter().zip(values) {
         row.add(name, values, None);
     }

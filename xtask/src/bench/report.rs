@@ -160,14 +160,14 @@ impl Report {
     /// Writes what is kept with the source: the page, its plot, and what later runs are compared with.
     pub(crate) fn publish(&self) -> Result<()> {
         let root = root()?;
-        let directory = root.join("benchmarks");
+        let directory = root.join("xtask/benchmarks");
         fs::create_dir_all(&directory).with_context(|| format!("making {}", directory.display()))?;
         let baseline =
             serde_json::to_vec_pretty(&baseline::of(&self.rows)).context("encoding the baseline")?;
         for (path, bytes) in [
             (directory.join("baseline.json"), baseline),
             (directory.join("ratios.svg"), plot::ratios(&self.rows).into_bytes()),
-            (root.join("BENCHMARKS.md"), self.page("benchmarks/ratios.svg").into_bytes()),
+            (root.join("BENCHMARKS.md"), self.page("xtask/benchmarks/ratios.svg").into_bytes()),
         ] {
             fs::write(&path, bytes).with_context(|| format!("writing {}", path.display()))?;
             println!("── wrote {}", path.display());
@@ -269,7 +269,7 @@ const WHY: &str = "\
 The ways through sockets pay twice: once at `connect` or `sendto`, and on every packet for the hooks at the node's devices,
 which look at what is none of theirs (the arm `bystander`, who uses no Service, pays the second part alone). Packets of new
 flows pay for an entry in a table of flows, with a replaced source for a second one. With connection tracking on the same
-packets pay for that as well; kube-proxy has it always. A cold start at few Services is the verifier's time for our programs.
+packets pay for that as well; kube-proxy has it always.
 ";
 
 const METHOD: &str = "\
@@ -278,12 +278,13 @@ its samples (UDP sockets without packets: the lowest tenth; packets: the lowest 
 and tables have their median with a bootstrap interval. Each arm has a world of its own, namespaces and processes built
 alike; kube-proxies have their objects from one API server, Sheave the same objects from files. One client measures every
 arm. Destinations are drawn at random from all Services (direct: from all endpoints). `again` is the first arm once more in
-another world: where its interval leaves 0.98..1.02 (packets of known flows: 0.99..1.01) the metric is void. `bystander` dials endpoints
+another world: where its interval leaves 0.98..1.02 (packets: 0.99..1.01) the metric is void. `bystander` dials endpoints
 from inside the agent's cgroup. Who serves is frozen meanwhile; connection tracking forgets before each slice. Connects and
 CRR: client on CPU 1, server on CPU 0, a SCHED_IDLE spinner on each; RR, stream and datagrams: both on CPU 0. Packets (p8)
 are made by the kernel at the node's uplink (XDP live frames) and counted and dropped at the backend's device, all on one
 CPU; `tracked` has a firewall rule that follows connections. iptables is the older kind. Control planes (a1..a3) are measured
-one at a time, the others stopped; `no pause` writes at once instead of once a second.
+one at a time, the others stopped; `no pause` writes at once instead of once a second. All arms of a metric at a size are of
+one run; metrics and sizes may be of several (`--add`).
 ";
 
 fn shown(ratio: Option<Estimate>) -> String {
