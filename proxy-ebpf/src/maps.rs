@@ -148,8 +148,7 @@ pub(crate) fn count(outcome: Outcome) {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn frontend_place(upper: u64, lower: u64, port: u32, protocol: u32) -> u32 {
-    let address =
-        Address::from_words([upper as u32, (upper >> 32) as u32, lower as u32, (lower >> 32) as u32]);
+    let address = Address::from_halves([upper, lower]);
     let key = FrontendKey::new(address, Port::from_raw(port as u16), protocol as u8);
     let Some(first) = FRONTENDS.get_ptr(0) else { return 0 };
     // SAFETY: in bounds; the agent writes the header before the first frontend, and never again.
@@ -161,7 +160,7 @@ pub extern "C" fn frontend_place(upper: u64, lower: u64, port: u32, protocol: u3
 /// A service record, for whoever finds no copy of it in a frontend's line.
 #[inline(always)]
 fn record(service: ServiceId) -> ServiceRecord {
-    let Some(record) = SERVICES.get_ptr(service) else { return ServiceRecord::EMPTY };
+    let Some(record) = SERVICES.get_ptr(service) else { return ServiceRecord::default() };
     // SAFETY: in bounds; the agent stores whole words while we read, so each load must be one load.
     unsafe {
         ServiceRecord {
@@ -179,8 +178,7 @@ pub(crate) struct Maps;
 impl Tables for Maps {
     #[inline(always)]
     fn frontend(&self, key: &FrontendKey) -> Frontend {
-        let [a, b, c, d] = key.address().words();
-        let (upper, lower) = (a as u64 | (b as u64) << 32, c as u64 | (d as u64) << 32);
+        let [upper, lower] = key.address().halves();
         let place = frontend_place(upper, lower, key.port().raw() as u32, key.protocol() as u32);
         let mut found = Frontend::NONE;
         if place != 0

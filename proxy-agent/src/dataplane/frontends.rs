@@ -93,13 +93,14 @@ impl Frontends {
         self.copies.remove(&(self.value(place).service(), place));
         self.lines.store(place, LineWord::Value, 0);
         self.taken -= 1;
-        let home = key.hash(self.header.seed);
-        let farthest = (0..=self.lines.reach(self.header.place(home, 0))).rev().find(|step| {
-            let place = self.header.place(home, *step);
+        let hash = key.hash(self.header.seed);
+        let home = self.header.place(hash, 0);
+        let farthest = (0..=self.lines.reach(home)).rev().find(|step| {
+            let place = self.header.place(hash, *step);
             self.value(place) != FrontendValue::NONE
-                && self.lines.key(place).hash(self.header.seed) & self.header.mask == home & self.header.mask
+                && self.header.place(self.lines.key(place).hash(self.header.seed), 0) == home
         });
-        self.lines.store_reach(self.header.place(home, 0), farthest.unwrap_or(0));
+        self.lines.store_reach(home, farthest.unwrap_or(0));
     }
 
     /// Writes a record's word into the copies of it.
@@ -129,10 +130,9 @@ impl Frontends {
     }
 
     fn find(&self, key: &FrontendKey) -> Option<u32> {
-        let home = key.hash(self.header.seed);
-        (0..=self.lines.reach(self.header.place(home, 0)))
-            .map(|step| self.header.place(home, step))
-            .find(|place| self.value(*place) != FrontendValue::NONE && self.lines.key(*place) == *key)
+        // SAFETY: the mapping outlives the call.
+        let place = unsafe { FrontendLine::find(key, &self.header, |place| self.lines.line(place)) };
+        (place != 0).then_some(place)
     }
 
     /// A free line near the key's home: first what it says, then that it is there.
@@ -141,14 +141,13 @@ impl Frontends {
         if self.taken >= self.limit() {
             return Err(full());
         }
-        let home = key.hash(self.header.seed);
-        let free = |step: &u32| self.value(self.header.place(home, *step)) == FrontendValue::NONE;
+        let hash = key.hash(self.header.seed);
+        let free = |step: &u32| self.value(self.header.place(hash, *step)) == FrontendValue::NONE;
         let step = (0..REACH).find(free).ok_or_else(full)?;
-        let place = self.header.place(home, step);
+        let (home, place) = (self.header.place(hash, 0), self.header.place(hash, step));
         self.lines.set_key(place, key);
         self.copy(place, value.service(), record);
-        let reached = self.lines.reach(self.header.place(home, 0));
-        self.lines.store_reach(self.header.place(home, 0), reached.max(step));
+        self.lines.store_reach(home, self.lines.reach(home).max(step));
         self.lines.store(place, LineWord::Value, value.bits());
         self.taken += 1;
         Ok(place)
@@ -201,7 +200,7 @@ mod tests {
     /// All that is said of a record is its number.
     fn record(service: ServiceId) -> ServiceRecord {
         if service == 0 {
-            return ServiceRecord::EMPTY;
+            return ServiceRecord::default();
         }
         let set = SetWord::new(service, service, WhenEmpty::Reject);
         ServiceRecord {

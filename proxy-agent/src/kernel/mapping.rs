@@ -203,8 +203,7 @@ impl Mapping<FrontendLine> {
     }
 
     /// A line as a program gets it; it stays readable as long as the mapping lives.
-    #[cfg(test)]
-    pub(crate) fn line(&self, place: u32) -> Option<*const FrontendLine> {
+    pub fn line(&self, place: u32) -> Option<*const FrontendLine> {
         self.at(place, 0).ok().map(|at| at.cast::<FrontendLine>().as_ptr().cast_const())
     }
 

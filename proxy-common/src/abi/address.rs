@@ -32,6 +32,20 @@ impl Address {
         self.0
     }
 
+    /// From two halves, as [`Self::halves`] makes them.
+    #[inline(always)]
+    pub const fn from_halves([upper, lower]: [u64; 2]) -> Self {
+        use super::low;
+        Self([low(upper), low(upper >> 32), low(lower), low(lower >> 32)])
+    }
+
+    /// The words, two by two: the first of each pair is the lower part.
+    #[inline(always)]
+    pub const fn halves(&self) -> [u64; 2] {
+        let [a, b, c, d] = self.0;
+        [a as u64 | (b as u64) << 32, c as u64 | (d as u64) << 32]
+    }
+
     /// The IPv4 word in network order, if this is an IPv4 address.
     #[inline(always)]
     pub const fn v4_word(&self) -> Option<u32> {
@@ -136,6 +150,7 @@ mod tests {
         assert_eq!(bytes(&Address::from(v6)), [0xfd, 0, 0, 0x96, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
         assert_eq!(Address::from(v6).ip(), v6);
         assert_eq!(Address::from(v6).v4_word(), None);
+        assert_eq!(Address::from_halves(Address::from(v6).halves()), Address::from(v6));
     }
 
     #[test]

@@ -80,8 +80,7 @@ impl Slot {
 
     #[inline(always)]
     const fn seal_of(id: BackendId, address: Address, port: Port) -> u32 {
-        let [a, b, c, d] = address.words();
-        let (upper, lower) = (a as u64 | (b as u64) << 32, c as u64 | (d as u64) << 32);
+        let [upper, lower] = address.halves();
         // Not 0 for a slot of zeros: nothing was ever written there.
         super::seal(1 | (port.raw() as u32) << 16, upper ^ id.bits(), lower)
     }

@@ -129,10 +129,10 @@ impl FrontendKey {
     /// Where its home is, for [`Header::place`]: the constants and the mixing are those of splitmix64.
     #[inline(always)]
     pub const fn hash(&self, seed: u64) -> u32 {
-        let [a, b, c, d] = self.address().words();
+        let [upper, lower] = self.address().halves();
         let port = self.port().raw() as u64 | (self.protocol() as u64) << 16;
-        let mut hash = seed ^ (a as u64 | (b as u64) << 32);
-        hash = (hash ^ hash >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9) ^ (c as u64 | (d as u64) << 32);
+        let mut hash = seed ^ upper;
+        hash = (hash ^ hash >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9) ^ lower;
         hash = (hash ^ hash >> 27).wrapping_mul(0x94d0_49bb_1331_11eb) ^ port;
         hash = (hash ^ hash >> 31).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         (hash >> 32) as u32

@@ -138,16 +138,6 @@ pub struct ServiceRecord {
     pub affinity: AffinityWord,
 }
 
-impl ServiceRecord {
-    /// No set is used.
-    pub const EMPTY: Self = Self {
-        cluster: SetWord::ABSENT,
-        local: SetWord::ABSENT,
-        draining: SetWord::ABSENT,
-        affinity: AffinityWord::OFF,
-    };
-}
-
 layout!(ServiceRecord, size = 32, fields = SetWord, SetWord, SetWord, AffinityWord);
 
 #[cfg(test)]

@@ -87,10 +87,9 @@ impl SocketPlace {
 
     #[inline(always)]
     const fn seal_of(cookie: u64, origin: &SocketOrigin) -> u32 {
-        let [a, b, c, d] = origin.vip.words();
-        let vip = (a ^ c) as u64 | ((b ^ d) as u64) << 32;
+        let [upper, lower] = origin.vip.halves();
         let ports = origin.vip_port.raw() as u32 | (origin.backend_port.raw() as u32) << 16;
-        super::seal(ports, vip ^ cookie, origin.backend_id.bits())
+        super::seal(ports, upper ^ lower ^ cookie, origin.backend_id.bits())
     }
 }
 

@@ -207,12 +207,14 @@ pub(super) fn reachable(tables: &Memory, word: SetWord) -> (BTreeSet<SocketAddr>
     let mut found = BTreeSet::new();
     let mut stale = false;
     for slot in word.first()..word.first() + word.count() {
-        match Tables::slot(tables, slot).and_then(|slot| decide::get(tables, slot.id)) {
-            Some(backend) => {
-                found.insert(SocketAddr::new(backend.address.ip(), backend.port.number()));
-            }
-            None => stale = true,
-        }
+        let Some(slot) = Tables::slot(tables, slot) else {
+            stale = true;
+            continue;
+        };
+        // Where the slot leads, and whether that is where its backend is.
+        let backend = decide::get(tables, slot.id).map(|backend| (backend.address, backend.port));
+        stale |= backend.is_none() || backend != slot.peer();
+        found.extend(slot.peer().map(|(address, port)| SocketAddr::new(address.ip(), port.number())));
     }
     (found, stale)
 }
