@@ -92,7 +92,7 @@ fn run_verb(verb: Verb) -> Result<()> {
         Verb::Bench(options) => {
             part("setup", || {
                 setup::toolchain()?;
-                setup::commands()?;
+                setup::bench_commands()?;
                 if options.wants_api_server() { kubernetes::programs() } else { Ok(()) }
             })?;
             // The one binary measures, the other is measured: both as users have them.

@@ -27,7 +27,7 @@ const COMPONENTS: [(&str, &str); 3] = [
 ];
 
 /// Commands that the lab and the tests run, and the Debian packages that have them.
-const COMMANDS: [(&str, &str); 8] = [
+const COMMANDS: [(&str, &str); 7] = [
     ("ip", "iproute2"),
     ("curl", "curl"),
     ("dig", "bind9-dnsutils"),
@@ -35,8 +35,10 @@ const COMMANDS: [(&str, &str); 8] = [
     ("ethtool", "ethtool"),
     ("iperf3", "iperf3"),
     ("xtables-legacy-multi", "iptables"),
-    ("wrk", "wrk"),
 ];
+
+/// What the benchmark runs besides.
+const BENCH_COMMANDS: [(&str, &str); 1] = [("wrk", "wrk")];
 
 /// What building needs.
 pub(crate) fn toolchain() -> Result<()> {
@@ -47,7 +49,16 @@ pub(crate) fn toolchain() -> Result<()> {
 
 /// What the lab and the tests run.
 pub(crate) fn commands() -> Result<()> {
-    let missing: Vec<_> = COMMANDS.into_iter().filter(|(command, _)| !is_on_path(command)).collect();
+    bring(&COMMANDS)
+}
+
+/// What the benchmark runs.
+pub(crate) fn bench_commands() -> Result<()> {
+    bring(&[&COMMANDS[..], &BENCH_COMMANDS].concat())
+}
+
+fn bring(commands: &[(&str, &str)]) -> Result<()> {
+    let missing: Vec<_> = commands.iter().filter(|(command, _)| !is_on_path(command)).collect();
     if missing.is_empty() {
         return Ok(());
     }

@@ -172,12 +172,12 @@ fn restart(world: &mut World, report: &mut Report) -> Result<()> {
     let target = world.lab().pod(1)?;
     let _server = target.serve_as(name, super::scale::TARGET_PORT + 2)?;
     let manifests = world.lab().manifests();
-    let object = sheave_tests::manifests::service("a6", &["10.97.0.1"]).port("tcp", "TCP", 80, 8082);
+    let object = sheave_tests::manifests::service("a6", &["10.97.0.2"]).port("tcp", "TCP", 80, 8082);
     let slice = sheave_tests::manifests::slice("a6-1", "a6", "IPv4")
         .slice_port("tcp", "TCP", super::scale::TARGET_PORT + 2)
         .endpoint(&target.v4().to_string(), "node-1");
     manifests.write("a6", &[object, slice])?;
-    let dial = Dial::new("10.97.0.1:80".parse().context("a VIP")?);
+    let dial = Dial::new("10.97.0.2:80".parse().context("a VIP")?);
     let client = world.lab().pod(0)?.client()?;
     let mut tries = 0;
     while client.connect(Transport::Tcp, dial.timeout(Duration::from_millis(100)))?.is_err() {

@@ -16,6 +16,7 @@ use super::{
     row::{AGAIN, Goal, Row},
     scale::{Family, Group},
     stats::{Estimate, quantile, sorted},
+    still,
     world::{CLIENT_CPU, SERVER_CPU, Side, World},
 };
 
@@ -48,16 +49,14 @@ pub(crate) struct Worlds {
 }
 
 impl Worlds {
-    /// Stops whoever serves, so that what they do is not part of `work`.
+    /// Runs `work` while whoever serves is stopped.
     pub(crate) fn still<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let freeze = |frozen| -> Result<()> {
             self.hub.iter().try_for_each(|hub| hub.freeze(frozen))?;
-            self.peers.iter().try_for_each(|peer| peer.freeze(frozen))
+            self.peers.iter().try_for_each(|peer| peer.freeze(frozen))?;
+            self.sheave.freeze_agent(frozen)
         };
-        freeze(true)?;
-        let result = self.sheave.with_agent_still(work);
-        freeze(false)?;
-        result
+        still(freeze, work)?
     }
 }
 

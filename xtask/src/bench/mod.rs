@@ -294,6 +294,14 @@ pub(crate) fn go_on() -> Result<()> {
     Ok(())
 }
 
+/// Runs `work` while somebody is stopped: what they do is not part of it.
+pub(crate) fn still<T>(freeze: impl Fn(bool) -> Result<()>, work: impl FnOnce() -> T) -> Result<T> {
+    freeze(true)?;
+    let result = work();
+    freeze(false)?;
+    Ok(result)
+}
+
 /// What is compared, by version.
 pub(crate) fn versions() -> Result<Vec<String>> {
     let first = |program: &str, arguments: &[&str]| -> Result<String> {

@@ -11,7 +11,7 @@ use sheave_tests::{
 
 use super::{
     Effort,
-    data::{IPTABLES, NFTABLES},
+    data::{IPTABLES, NFTABLES, SHEAVE},
     go_on,
     peers::{Hub, Peer},
     report::{Fact, Report},
@@ -97,7 +97,6 @@ impl Node {
 
 const FORWARD: &str = "forward";
 const FORWARD_TRACKED: &str = "forward, tracked";
-const SHEAVE: &str = "sheave";
 const SHEAVE_TRACKED: &str = "sheave, tracked";
 
 /// Ways of a packet: the node, and what leads it. The first is what the others are compared with.
@@ -190,10 +189,7 @@ fn still<T>(nodes: &[Node], hub: Option<&Hub>, work: impl FnOnce() -> T) -> Resu
             Proxy::Kube(peer) => peer.freeze(frozen),
         })
     };
-    freeze(true)?;
-    let result = work();
-    freeze(false)?;
-    Ok(result)
+    super::still(freeze, work)
 }
 
 fn one(

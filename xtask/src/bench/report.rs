@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     Effort, baseline,
     control::p50_p99,
+    data::{DIRECT, IPTABLES, NFTABLES, SHEAVE},
     machine, plot,
     row::{Comparison, Row},
     stats::{Estimate, slope},
@@ -126,7 +127,7 @@ impl Report {
         names.sort();
         names.dedup();
         for name in names {
-            for arm in ["direct", "sheave", "kube-proxy nftables", "kube-proxy iptables"] {
+            for arm in [DIRECT, SHEAVE, NFTABLES, IPTABLES] {
                 let points: Vec<_> = self
                     .rows
                     .iter()
@@ -239,10 +240,8 @@ impl Report {
         }
         page
     }
-}
 
-/// What is missed or dearer than a peer, with the reason that is known.
-impl Report {
+    /// What is missed or dearer than a peer, with the reason that is known.
     fn worse(&self) -> String {
         let mut text = String::new();
         for row in self.rows.iter().filter(|row| !row.is_void()) {

@@ -154,14 +154,6 @@ impl World {
         Ok(())
     }
 
-    /// Stops the agent's process while `work` measures the data path: whatever it does is not part of that.
-    pub(crate) fn with_agent_still<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
-        self.freeze_agent(true)?;
-        let result = work();
-        self.freeze_agent(false)?;
-        result
-    }
-
     /// Stops the agent's process, or lets it go on.
     pub(crate) fn freeze_agent(&self, frozen: bool) -> Result<()> {
         self.agent()?.signal(if frozen { Signal::SIGSTOP } else { Signal::SIGCONT })
