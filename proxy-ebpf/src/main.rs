@@ -75,15 +75,27 @@ pub fn sock_release(ctx: SockContext) -> i32 {
     release::run(&ctx)
 }
 
-/// Packets that come in by a device of the node: what is for a VIP goes to a backend, and replies find their client.
+/// Packets that come in by a device of the node: which of them may be ours.
 #[classifier]
 pub fn tc_ingress(ctx: TcContext) -> i32 {
+    packet::watch_ingress(&ctx)
+}
+
+/// Packets that leave by a device of the node: which of them may be ours.
+#[classifier]
+pub fn tc_egress(ctx: TcContext) -> i32 {
+    packet::watch_egress(&ctx)
+}
+
+/// Goes on for [`tc_ingress`]: what is for a VIP goes to a backend, and replies find their client.
+#[classifier]
+pub fn packet_ingress(ctx: TcContext) -> i32 {
     packet::ingress(&ctx)
 }
 
-/// Packets that leave by a device of the node: replies get the VIP back, and sources are replaced (M).
+/// Goes on for [`tc_egress`]: replies get the VIP back, and sources are replaced (M).
 #[classifier]
-pub fn tc_egress(ctx: TcContext) -> i32 {
+pub fn packet_egress(ctx: TcContext) -> i32 {
     packet::egress(&ctx)
 }
 

@@ -9,7 +9,7 @@ use aya_ebpf::{
     btf_maps::SkStorage,
     helpers::{bpf_get_prandom_u32, bpf_ktime_get_ns},
     macros::{btf_map, map},
-    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray},
 };
 use proxy_common::{
     abi::{
@@ -18,7 +18,7 @@ use proxy_common::{
         PacketSettings, Port, ServiceId, ServiceRecord, SetWord, Slot, SnatKey, SocketOrigin, SocketPlace,
         SourceRange,
         line::Header,
-        packet::{FLOW_PLACES, SNAT_PLACES, VIP_PLACES},
+        packet::{FLOW_PLACES, PROGRAMS, SNAT_PLACES, VIP_PLACES},
         socket,
     },
     decide::{Tables, packet::Headers},
@@ -63,6 +63,11 @@ pub(crate) static SOCKET_ORIGIN: SkStorage<SocketOrigin> = SkStorage::new();
 /// Writer: the programs.
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Outcome::ALL.len() as u32, 0);
+
+/// Writer: the agent. The programs that do the work of the packet path, for those that the hooks start with. Pinned: an
+/// array of programs that nobody holds loses them.
+#[map]
+pub(crate) static PACKET_PROGRAMS: ProgramArray = ProgramArray::with_max_entries(PROGRAMS, 0);
 
 /// What one step of the packet path tells the next. Writer: the programs.
 #[map]

@@ -5,7 +5,7 @@ use aya::{
     EbpfLoader,
     programs::{ProgramInfo, SchedClassifier},
 };
-use proxy_agent::kernel::programs::{CLASSIFIERS, OBJECT, PROGRAMS, load};
+use proxy_agent::kernel::programs::{CLASSIFIERS, CONTINUATIONS, OBJECT, PROGRAMS, load};
 
 /// Instructions that the verifier may walk for one program. Kernels give up at a million; what comes near it on a new
 /// kernel fails on an old one, which prunes less.
@@ -35,7 +35,7 @@ fn every_program_loads_with_every_setting() {
                 load(program, name).unwrap_or_else(|error| panic!("{name}: {error:?}"));
                 check(name, program.info().unwrap(), MAX_VERIFIED);
             }
-            for name in CLASSIFIERS {
+            for name in CLASSIFIERS.into_iter().chain(CONTINUATIONS.map(|(name, _)| name)) {
                 let program: &mut SchedClassifier = ebpf.program_mut(name).unwrap().try_into().unwrap();
                 program.load().unwrap_or_else(|error| panic!("{name}: {error:?}"));
                 check(name, program.info().unwrap(), MAX_VERIFIED_PACKET);
@@ -50,7 +50,7 @@ fn the_object_has_no_other_programs() {
         EbpfLoader::new().btf(None).load(OBJECT).unwrap_or_else(|error| panic!("needs root: {error:?}"));
     let mut names: Vec<&str> = ebpf.programs().map(|(name, _)| name).collect();
     names.sort_unstable();
-    let mut known = [&PROGRAMS[..], &CLASSIFIERS].concat();
+    let mut known = [&PROGRAMS[..], &CLASSIFIERS, &CONTINUATIONS.map(|(name, _)| name)].concat();
     known.sort_unstable();
     assert_eq!(names, known);
 }

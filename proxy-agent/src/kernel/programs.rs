@@ -5,12 +5,12 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use aya::maps::{Map, MapData};
+use aya::maps::{Map, MapData, ProgramArray};
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::{CgroupAttachMode, CgroupSockAddr, Program, SchedClassifier};
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfLoader};
-use proxy_common::abi::packet::{FLOW_PLACES, SNAT_PLACES, VIP_PLACES};
+use proxy_common::abi::packet::{EGRESS, FLOW_PLACES, INGRESS, SNAT_PLACES, VIP_PLACES};
 use proxy_common::abi::{
     Address, AffinityEntry, AffinityKey, Backend, DatagramFlow, DatagramKey, DatagramOrigin, Device, Flow,
     FlowKey, FragmentKey, FragmentPorts, FrontendLine, Outcome, PacketSettings, ServiceRecord, Slot, SnatKey,
@@ -37,8 +37,15 @@ pub const PROGRAMS: [&str; 9] = [
     "sock_connect6",
 ];
 
-/// Programs of the packet path, by direction. The link's pin has the device's index after this name.
+/// Programs of the packet path that devices are hooked with, by direction. The link's pin has the device's index after
+/// this name.
 pub const CLASSIFIERS: [&str; 2] = ["tc_ingress", "tc_egress"];
+
+/// Programs that go on where those find something of ours, and their places in [`PACKET_PROGRAMS`].
+pub const CONTINUATIONS: [(&str, u32); 2] = [("packet_ingress", INGRESS), ("packet_egress", EGRESS)];
+
+/// The map by which they are found.
+const PACKET_PROGRAMS: &str = "PACKET_PROGRAMS";
 
 /// `bpf_set_retval` came with it.
 const SET_RETVAL_SINCE: (u8, u8, u16) = (5, 18, 0);
@@ -65,7 +72,7 @@ const TABLES: [Shape; 4] = [
 ];
 
 /// Maps that the programs write, and those of the agent that keep their size; shared by all generations.
-const STATE: [Shape; 19] = [
+const STATE: [Shape; 20] = [
     shape!("AFFINITY", AffinityKey, AffinityEntry),
     shape!("DATAGRAM_FLOWS", DatagramKey, DatagramFlow),
     shape!("DATAGRAM_ORIGIN", DatagramKey, DatagramOrigin),
@@ -78,6 +85,7 @@ const STATE: [Shape; 19] = [
     shape!("PACKET_SETTINGS", u32, PacketSettings),
     // Before the key of a trie stands the number of bits that count.
     shape!("SOURCE_RANGES", (u32, SourceRange), u32),
+    shape!("PACKET_PROGRAMS", u32, u32),
     shape!("FLOW_FILTER", u32, [u8; FLOW_PLACES]),
     shape!("SNAT_PORTS", u32, [u8; SNAT_PLACES]),
     shape!("FLOWS", FlowKey, Flow),
@@ -158,12 +166,8 @@ impl Loaded {
         for name in PROGRAMS {
             load(program(&mut ebpf, name)?, name)?;
         }
-        for name in CLASSIFIERS.into_iter().filter(|_| settings.packet_path) {
-            classifier(&mut ebpf, name)?.load().map_err(|source| Error::Program {
-                action: "load",
-                program: name,
-                source,
-            })?;
+        if settings.packet_path {
+            load_classifiers(&mut ebpf)?;
         }
         Ok(Self { ebpf, pins: pins.clone() })
     }
@@ -251,6 +255,25 @@ pub fn load(program: &mut Program, name: &'static str) -> Result<(), Error> {
         return program.load().map_err(load);
     }
     hook(program, name)?.load().map_err(load)
+}
+
+/// Loads [`CLASSIFIERS`] and [`CONTINUATIONS`]. From here on the hooks of a former run go on with these; both versions find
+/// the same packets in the same tables.
+fn load_classifiers(ebpf: &mut Ebpf) -> Result<(), Error> {
+    let map_error = |source| Error::Map { map: PACKET_PROGRAMS, source };
+    for name in CONTINUATIONS.map(|(name, _)| name).into_iter().chain(CLASSIFIERS) {
+        let load = |source| Error::Program { action: "load", program: name, source };
+        classifier(ebpf, name)?.load().map_err(load)?;
+    }
+    for (name, place) in CONTINUATIONS {
+        let used = |source| Error::Program { action: "use", program: name, source };
+        let fd =
+            classifier(ebpf, name)?.fd().map_err(used)?.try_clone().map_err(|error| used(error.into()))?;
+        let map = ebpf.map_mut(PACKET_PROGRAMS).ok_or(Error::NoProgram(PACKET_PROGRAMS))?;
+        let mut places = ProgramArray::try_from(map).map_err(map_error)?;
+        places.set(place, &fd, 0).map_err(map_error)?;
+    }
+    Ok(())
 }
 
 /// Attaches one of [`PROGRAMS`].

@@ -112,6 +112,13 @@ impl SourceRange {
     pub const SERVICE_BITS: u32 = 32;
 }
 
+/// Places of `PACKET_PROGRAMS`: what goes on with a packet that comes in.
+pub const INGRESS: u32 = 0;
+/// The same for one that leaves.
+pub const EGRESS: u32 = 1;
+/// How many places `PACKET_PROGRAMS` has.
+pub const PROGRAMS: u32 = 2;
+
 /// Places of `VIPS`: one byte each, 1 where at least one VIP has its place. Written by the agent only.
 pub const VIP_PLACES: usize = 1 << 16;
 

@@ -54,6 +54,20 @@ impl<'a> Skb<'a> {
         unsafe { (&raw const (*self.raw()).ingress_ifindex).read_volatile() == 0 }
     }
 
+    /// What an earlier hook of this node said of the packet.
+    #[inline(always)]
+    pub(super) fn hint(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (&raw const (*self.raw()).tc_index).read_volatile() }
+    }
+
+    /// For the hooks that it has still to pass. It stays with the packet through routing, bridges, netfilter and tunnels.
+    #[inline(always)]
+    pub(super) fn set_hint(&self, hint: u32) {
+        // SAFETY: as above, and the field may be written by programs of this type.
+        unsafe { (&raw mut (*self.raw()).tc_index).write_volatile(hint) };
+    }
+
     /// Whole length.
     #[inline(always)]
     fn length(&self) -> u32 {

@@ -42,6 +42,31 @@ fn any_carries() -> impl Strategy<Value = Carries> {
     ]
 }
 
+/// Who is not ours is spared the whole way, at both hooks; whatever may be ours is not. (That nobody is spared wrongly,
+/// each test of this module shows: see `comes_in`.)
+#[test]
+fn bystanders_are_spared() {
+    each(|v6, carries| {
+        let node = busy(v6, false);
+        let spared = |from, to| {
+            let frame = build(carries.clone(), from, to).frame();
+            (packet::passes_in(&frame, &node.maps, v6), packet::passes_out(&frame, &node.maps, v6))
+        };
+        let (client, pod, router) = (node.client(50_000), node.pod(50_000), node.router());
+        assert_eq!(spared(client, pod), (true, true));
+        assert_eq!(spared(pod, router), (true, true));
+        // The backend itself, asked by somebody without a flow.
+        assert_eq!(spared(client, node.backend(1)), (true, true));
+        assert_eq!(spared(client, node.vip(1)), (false, true));
+        node.maps.own.set(true);
+        assert_eq!(spared(client, node.vip(1)), (false, false));
+        node.maps.own.set(false);
+        // A reply, and what a client with a flow sends.
+        assert_eq!(spared(node.backend(1), node.pod(40_000)), (true, false));
+        assert_eq!(spared(node.pod(40_000), node.backend(1)), (true, false));
+    });
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
 

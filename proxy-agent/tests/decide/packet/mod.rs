@@ -22,6 +22,7 @@ mod refuse;
 mod rules;
 mod snat;
 
+use std::cell::Cell;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use proxy_common::abi::{
@@ -51,6 +52,8 @@ enum After {
 /// A node whose hooks are run by hand.
 struct Node {
     maps: Maps,
+    /// Whether the last frame that came in was said to need nothing at egress.
+    settled: Cell<bool>,
 }
 
 fn socket((address, port): Peer) -> SocketAddr {
@@ -105,7 +108,7 @@ impl Node {
             v6: host(true, [0, 0, 0, 1], [0x2001, 0xdb8, 1]).into(),
             ..Device::default()
         });
-        Self { maps }
+        Self { maps, settled: Cell::new(false) }
     }
 
     fn v6(&self) -> bool {
@@ -140,8 +143,20 @@ impl Node {
         self.maps.settings.as_mut().unwrap()
     }
 
-    /// As `ingress` of the kernel programs.
+    /// As the ingress programs of the kernel do: whoever is spared the whole way must be left alone by it.
     fn comes_in(&self, frame: &mut Frame) -> After {
+        let before = frame.clone();
+        let spared = packet::passes_in(frame, &self.maps, self.v6());
+        let after = self.comes_in_whole(frame);
+        assert!(
+            !spared || (after == After::Next && *frame == before),
+            "spared at ingress: {after:?} {before:?}"
+        );
+        after
+    }
+
+    fn comes_in_whole(&self, frame: &mut Frame) -> After {
+        self.settled.set(false);
         let Some(mut headers) = packet::parse(frame, L2_BYTES, self.v6()) else { return After::Next };
         let mut verdict = if matches!(headers.protocol, 1 | 58) {
             packet::icmp_ingress(frame, &self.maps, &headers)
@@ -157,8 +172,19 @@ impl Node {
         self.after(verdict, frame, &headers)
     }
 
-    /// As `egress` of the kernel programs.
+    /// As the egress programs of the kernel do, and with the same condition.
     fn goes_out(&self, frame: &mut Frame) -> After {
+        let before = frame.clone();
+        let spared = packet::passes_out(frame, &self.maps, self.v6());
+        let after = self.goes_out_whole(frame);
+        assert!(
+            !spared || (after == After::Next && *frame == before),
+            "spared at egress: {after:?} {before:?}"
+        );
+        after
+    }
+
+    fn goes_out_whole(&self, frame: &mut Frame) -> After {
         let Some(mut headers) = packet::parse(frame, L2_BYTES, self.v6()) else { return After::Next };
         let mut verdict = if matches!(headers.protocol, 1 | 58) {
             packet::icmp_egress(frame, &self.maps, &headers)
@@ -187,6 +213,7 @@ impl Node {
         match verdict {
             None | Some(Verdict::Next) => After::Next,
             Some(Verdict::ToBackend) => {
+                self.settled.set(true);
                 assert!(!self.maps.own.get());
                 After::Next
             }
@@ -209,6 +236,7 @@ impl Node {
         assert_eq!(self.comes_in(&mut frame), After::Next);
         let inside = frame.clone();
         assert_eq!(self.goes_out(&mut frame), After::Next);
+        assert!(!self.settled.get() || frame == inside, "settled at ingress, and yet changed at egress");
         (inside.finished(), frame.finished())
     }
 

@@ -61,7 +61,7 @@ fn m1_local_pods_by_device() {
         node.settings().local_pods_count = 0;
         assert_eq!(replaced(&node, 1), [true, true]);
         node.maps.device.as_mut().unwrap().flags = Device::LOCAL_PODS;
-        let node = Node { maps: node.maps };
+        let node = Node { maps: node.maps, settled: Cell::new(false) };
         let from = node.client(50_000);
         assert_eq!(node.source_at(&build(tcp(SYN), from, node.vip(1))), from);
         // A device that nobody has described has no pods behind it.

@@ -286,14 +286,22 @@ pub(super) fn other(tables: &impl PacketTables, headers: &Headers) -> Verdict {
 /// Z6: an address that no Service has, in a range that cluster IPs come from.
 #[inline(always)]
 fn unassigned(tables: &impl PacketTables, address: &Address) -> Verdict {
-    if let Some(settings) = tables.settings() {
-        let ranges = settings.service_ranges.iter().take(settings.service_ranges_count as usize);
-        for range in ranges {
-            if range.contains(address) {
-                tables.count(Outcome::PacketUnassigned);
-                return Verdict::Drop;
-            }
-        }
+    if is_unassigned(tables, address) {
+        tables.count(Outcome::PacketUnassigned);
+        return Verdict::Drop;
     }
     Verdict::Next
+}
+
+/// Whether cluster IPs come from the range that the address is in.
+#[inline(always)]
+pub(super) fn is_unassigned(tables: &impl PacketTables, address: &Address) -> bool {
+    let Some(settings) = tables.settings() else { return false };
+    let ranges = settings.service_ranges.iter().take(settings.service_ranges_count as usize);
+    for range in ranges {
+        if range.contains(address) {
+            return true;
+        }
+    }
+    false
 }

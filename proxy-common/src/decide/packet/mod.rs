@@ -7,6 +7,7 @@
 //! Safe code over two traits: [`Packet`], the bytes, and [`PacketTables`], the maps. In the kernel they are the frame and
 //! the maps, in tests a vector and tables in memory.
 
+mod bystander;
 mod checksum;
 mod egress;
 mod flow;
@@ -17,6 +18,7 @@ mod nat;
 mod own_node;
 mod refuse;
 
+pub use bystander::{passes_in, passes_out};
 pub use egress::{egress, replace_source};
 pub use headers::{Headers, L2_BYTES, parse};
 pub use icmp::{icmp_egress, icmp_ingress};

@@ -1,0 +1,72 @@
+//! What a hook asks first: is this packet certainly none of ours?
+//!
+//! Most packets of a node are not, and pay for being asked. So this reads what every packet has where nearly every packet
+//! has it, asks the filters, and looks up nothing. Whatever is unusual is said to be ours: the whole way finds out.
+
+use super::headers::ICMP;
+use super::ingress::is_unassigned;
+use super::{L2_BYTES, Packet, PacketTables};
+use crate::abi::{Address, Port, Protocol};
+use crate::decide::Peer;
+
+/// An IPv4 header without options starts so.
+const PLAIN_V4: u8 = 0x45;
+/// "More fragments", and the fragment's offset.
+const FRAGMENT: u16 = 0x3fff;
+
+/// Whether a packet that comes in is certainly left alone.
+#[inline(always)]
+pub fn passes_in(packet: &impl Packet, tables: &impl PacketTables, v6: bool) -> bool {
+    let Some((_, to)) = ends(packet, v6) else { return false };
+    !tables.may_be_snat(to.1) && !tables.may_be_vip(&to.0) && !is_unassigned(tables, &to.0)
+}
+
+/// Whether a packet that leaves is certainly left alone.
+#[inline(always)]
+pub fn passes_out(packet: &impl Packet, tables: &impl PacketTables, v6: bool) -> bool {
+    let Some((from, to)) = ends(packet, v6) else { return false };
+    if tables.may_be_flow(&to.0, to.1) || tables.may_be_flow(&from.0, from.1) {
+        return false;
+    }
+    !tables.is_own() || !tables.may_be_snat(to.1) && !tables.may_be_vip(&to.0)
+}
+
+/// Source and destination of a packet of the usual shape. Without ports it has port 0.
+#[inline(always)]
+fn ends(packet: &impl Packet, v6: bool) -> Option<(Peer, Peer)> {
+    if v6 { ends_v6(packet, L2_BYTES) } else { ends_v4(packet, L2_BYTES) }
+}
+
+#[inline(always)]
+fn ends_v4(packet: &impl Packet, l3: u32) -> Option<(Peer, Peer)> {
+    if packet.load8(l3)? != PLAIN_V4 || u16::from_be(packet.load16(l3 + 6)?) & FRAGMENT != 0 {
+        return None;
+    }
+    let protocol = packet.load8(l3 + 9)?;
+    if protocol == ICMP {
+        return None;
+    }
+    let (source, destination) = (packet.load32(l3 + 12)?, packet.load32(l3 + 16)?);
+    let ports = if Protocol::from_number(protocol).is_some() { packet.load32(l3 + 20)? } else { 0 };
+    Some(peers(Address::from_v4_word(source), Address::from_v4_word(destination), ports))
+}
+
+/// Only with ports: most other protocols are extension headers.
+#[inline(always)]
+fn ends_v6(packet: &impl Packet, l3: u32) -> Option<(Peer, Peer)> {
+    if packet.load8(l3)? >> 4 != 6 {
+        return None;
+    }
+    Protocol::from_number(packet.load8(l3 + 6)?)?;
+    let source = super::headers::v6_address(packet, l3 + 8)?;
+    let destination = super::headers::v6_address(packet, l3 + 24)?;
+    Some(peers(source, destination, packet.load32(l3 + 40)?))
+}
+
+/// `ports`: both, as they lie in memory.
+#[inline(always)]
+const fn peers(source: Address, destination: Address, ports: u32) -> (Peer, Peer) {
+    let [a, b, c, d] = ports.to_ne_bytes();
+    let (from, to) = (u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d]));
+    ((source, Port::from_raw(from)), (destination, Port::from_raw(to)))
+}
