@@ -15,6 +15,7 @@ pub mod dataplane;
 pub mod dump;
 pub mod kernel;
 pub mod model;
+pub mod netlink;
 pub mod object;
 pub mod packet;
 pub mod reconcile;

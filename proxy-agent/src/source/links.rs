@@ -3,24 +3,12 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsRawFd, OwnedFd};
 
-use netlink_packet_core::{NetlinkBuffer, NlasIterator};
-use nix::errno::Errno;
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send, socket,
-};
 use tokio::sync::watch::Sender;
 use tracing::warn;
 
 use super::notices::{Notices, REST};
-
-/// A dump that the kernel calls inconsistent is taken again, so many times; then it is used as it is, and the notice of
-/// what disturbed it starts the next one.
-const TRIES: usize = 5;
-
-/// More than the kernel puts into one message of a dump (32 KB).
-const BUFFER: usize = 1 << 16;
+use crate::netlink::{self, Netlink, attributes};
 
 /// linux/rtnetlink.h: RTEXT_FILTER_SKIP_STATS.
 const SKIP_STATS: u32 = 8;
@@ -83,15 +71,13 @@ pub fn read() -> io::Result<Vec<Link>> {
     request[16..18].copy_from_slice(&8u16.to_ne_bytes());
     request[18..20].copy_from_slice(&libc::IFLA_EXT_MASK.to_ne_bytes());
     request[20..24].copy_from_slice(&SKIP_STATS.to_ne_bytes());
-    for message in dump(libc::RTM_GETLINK, &request)? {
-        if let Some(link) = link(&message) {
-            links.insert(link.index, link);
-        }
-    }
-    for message in dump(libc::RTM_GETADDR, &[0; 8])? {
-        if let Some((index, address)) = address(&message)
-            && let Some(link) = links.get_mut(&index)
-        {
+    // What disturbs a dump gives notice, which starts the next one.
+    let route = Netlink::open(netlink::Family::NetlinkRoute)?;
+    links.extend(
+        route.dump(libc::RTM_GETLINK, &request, |message| Some((word(message, 4)?, link(message)?)))?,
+    );
+    for (index, address) in route.dump(libc::RTM_GETADDR, &[0; 8], address)? {
+        if let Some(link) = links.get_mut(&index) {
             link.addresses.push(address);
         }
     }
@@ -126,56 +112,6 @@ pub async fn run(tx: Sender<Option<Vec<Link>>>) -> Result<(), Error> {
     }
 }
 
-/// The payloads of a dump's answers.
-fn dump(kind: u16, payload: &[u8]) -> io::Result<Vec<Vec<u8>>> {
-    for attempt in 1.. {
-        let (messages, consistent) = dump_once(kind, payload)?;
-        if consistent || attempt == TRIES {
-            return Ok(messages);
-        }
-    }
-    Ok(Vec::new())
-}
-
-fn dump_once(kind: u16, payload: &[u8]) -> io::Result<(Vec<Vec<u8>>, bool)> {
-    let fd: OwnedFd =
-        socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)?;
-    bind(fd.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
-    let length = 16 + payload.len();
-    let mut request = vec![0; length];
-    let flags = u16::try_from(libc::NLM_F_REQUEST | libc::NLM_F_DUMP).map_err(io::Error::other)?;
-    let mut header = NetlinkBuffer::new(&mut request);
-    header.set_length(u32::try_from(length).map_err(io::Error::other)?);
-    header.set_message_type(kind);
-    header.set_flags(flags);
-    header.payload_mut().copy_from_slice(payload);
-    send(fd.as_raw_fd(), &request, MsgFlags::empty())?;
-
-    let (mut messages, mut consistent) = (Vec::new(), true);
-    let mut buffer = vec![0; BUFFER];
-    loop {
-        let received = match recv(fd.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
-            Err(Errno::EINTR) => continue,
-            received => received?,
-        };
-        let mut rest = buffer.get(..received).unwrap_or_default();
-        while !rest.is_empty() {
-            let message = NetlinkBuffer::new_checked(rest).map_err(io::Error::other)?;
-            consistent &= i32::from(message.flags()) & libc::NLM_F_DUMP_INTR == 0;
-            match i32::from(message.message_type()) {
-                libc::NLMSG_DONE => return Ok((messages, consistent)),
-                libc::NLMSG_ERROR => {
-                    let code = message.payload().first_chunk().map_or(0, |code| i32::from_ne_bytes(*code));
-                    return Err(io::Error::from_raw_os_error(-code));
-                }
-                _ => messages.push(message.payload().to_vec()),
-            }
-            let length = usize::try_from(message.length()).map_err(io::Error::other)?;
-            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-        }
-    }
-}
-
 /// Of an answer with a `struct ifinfomsg`: family, padding, type, index, flags, change mask; then attributes.
 fn link(message: &[u8]) -> Option<Link> {
     let index = word(message, 4)?;
@@ -189,12 +125,12 @@ fn link(message: &[u8]) -> Option<Link> {
     };
     for (kind, value) in attributes(message.get(16..)?) {
         match kind {
-            libc::IFLA_IFNAME => link.name = text(&value),
-            libc::IFLA_ADDRESS => link.mac = value,
-            libc::IFLA_MASTER => link.master = word(&value, 0)?,
+            libc::IFLA_IFNAME => link.name = text(value),
+            libc::IFLA_ADDRESS => link.mac = value.to_vec(),
+            libc::IFLA_MASTER => link.master = word(value, 0)?,
             libc::IFLA_LINKINFO => {
-                let found = attributes(&value).find(|(kind, _)| *kind == libc::IFLA_INFO_KIND);
-                link.kind = found.map(|(_, value)| text(&value)).unwrap_or_default();
+                let found = attributes(value).find(|(kind, _)| *kind == libc::IFLA_INFO_KIND);
+                link.kind = found.map(|(_, value)| text(value)).unwrap_or_default();
             }
             _ => {}
         }
@@ -211,20 +147,15 @@ fn address(message: &[u8]) -> Option<(u32, IpAddr)> {
     for (kind, value) in attributes(message.get(8..)?) {
         match kind {
             // With a peer, IFA_ADDRESS is the peer's.
-            libc::IFA_LOCAL => local = ip(&value),
-            libc::IFA_ADDRESS => address = ip(&value),
-            libc::IFA_FLAGS => flags = word(&value, 0)?,
+            libc::IFA_LOCAL => local = ip(value),
+            libc::IFA_ADDRESS => address = ip(value),
+            libc::IFA_FLAGS => flags = word(value, 0)?,
             _ => {}
         }
     }
     let address = local.or(address)?;
     (scope == libc::RT_SCOPE_UNIVERSE && flags & UNUSABLE == 0 && !address.is_loopback())
         .then_some((index, address))
-}
-
-fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, Vec<u8>)> {
-    // One that is cut short ends the list.
-    NlasIterator::new(bytes).map_while(Result::ok).map(|nla| (nla.kind(), nla.value().to_vec()))
 }
 
 fn word(bytes: &[u8], at: usize) -> Option<u32> {
@@ -245,23 +176,14 @@ mod tests {
     use std::process::Command;
     use std::time::Duration;
 
-    use nix::sched::{CloneFlags, unshare};
     use tokio::sync::watch;
 
     use super::*;
+    use crate::netlink::in_own_namespace;
 
     fn ip_command(arguments: &str) {
         let status = Command::new("ip").args(arguments.split(' ')).status();
         assert!(status.unwrap().success(), "ip {arguments}");
-    }
-
-    fn in_own_namespace(work: impl FnOnce() + Send + 'static) {
-        // A thread of its own, because a network namespace is a thread's.
-        let thread = std::thread::spawn(|| {
-            unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace of its own, which needs root");
-            work();
-        });
-        thread.join().unwrap();
     }
 
     /// M7: the addresses that masquerading would choose from.
