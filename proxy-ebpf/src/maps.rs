@@ -106,7 +106,7 @@ pub(crate) static SOURCE_RANGES: LpmTrie<SourceRange, u32> =
 #[map]
 pub(crate) static VIPS: Array<[u8; VIP_PLACES]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
-/// Writers: the programs, and the agent, which ages it through memory.
+/// Writers: the programs, and the agent where it writes a flow of another proxy. Never cleared.
 #[map]
 pub(crate) static FLOW_FILTER: Array<[u8; FLOW_PLACES]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 

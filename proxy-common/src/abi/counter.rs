@@ -50,7 +50,7 @@ outcomes! {
     PeerTranslated = "peer_translated",
     /// A peer name left as it is.
     PeerUntouched = "peer_untouched",
-    /// A packet to a VIP that belongs to a connection made without us.
+    /// A packet to a VIP that belongs to a connection made without us, or begins one while flows change hands.
     PacketUntouched = "packet_untouched",
     /// A first packet that was sent to a backend.
     PacketForwarded = "packet_forwarded",

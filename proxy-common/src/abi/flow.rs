@@ -26,6 +26,16 @@ impl FlowKey {
     /// How many VIPs one client port can talk to at a time.
     pub const SLOTS: u8 = 4;
 
+    /// Who has a replaced source that netfilter's NAT gave away: no client of ours. In `SNAT` only.
+    pub const NOBODY: Self =
+        Self { client: Address::from_words([0; 4]), port: Port::new(0), protocol: 0, slot: u8::MAX };
+
+    /// Whether it is [`Self::NOBODY`].
+    #[inline(always)]
+    pub const fn is_nobody(&self) -> bool {
+        self.slot == u8::MAX
+    }
+
     /// Slot 0.
     #[inline(always)]
     pub const fn new(client: Address, port: Port, protocol: u8) -> Self {
@@ -104,6 +114,27 @@ impl Flow {
     pub const RESET: u32 = 16;
     /// The client is a process of this node that no socket hook saw: replies go back to it here.
     pub const OWN_NODE: u32 = 32;
+    /// A datagram flow that netfilter's NAT owns: its packets are left alone as long as the backend serves. Its backend is
+    /// unset; `backend_id` may be, while it is not known.
+    pub const FOREIGN: u32 = 64;
+    /// The agent is handing it to netfilter's NAT: its packets are dropped for that moment, and sent again.
+    pub const HELD: u32 = 128;
+
+    /// How long a foreign flow lives without a packet, in nanoseconds, whether an agent runs or not: as long as netfilter
+    /// keeps one that was answered.
+    pub const FOREIGN_IDLE_NS: u64 = 120_000_000_000;
+
+    /// Whether netfilter's NAT owns it.
+    #[inline(always)]
+    pub const fn is_foreign(&self) -> bool {
+        self.flags & Self::FOREIGN != 0
+    }
+
+    /// Whether it is being handed over.
+    #[inline(always)]
+    pub const fn is_held(&self) -> bool {
+        self.flags & Self::HELD != 0
+    }
 
     /// Whether nothing more is expected: the client's port may be used for a new connection.
     #[inline(always)]

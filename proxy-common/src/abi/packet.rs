@@ -66,6 +66,8 @@ impl PacketSettings {
     pub const DETECTS_V6: u32 = 2;
     /// M2.
     pub const MASQUERADE_ALL: u32 = 4;
+    /// What begins now is another proxy's: flows change hands. Not what this node's NAT has let pass.
+    pub const LEAVE_NEW: u32 = 8;
 }
 
 /// `DEVICES`: hash, interface index → what its hooks need to know. Written by the agent only.

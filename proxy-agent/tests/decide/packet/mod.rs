@@ -21,6 +21,7 @@ mod nat;
 mod refuse;
 mod rules;
 mod snat;
+mod takeover;
 
 use std::cell::Cell;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};

@@ -152,6 +152,8 @@ pub(super) fn claim(
         let done = match owner {
             // Of an earlier connection from this very port.
             Some(owner) if owner == *client => true,
+            // Netfilter gave it away.
+            Some(owner) if owner.is_nobody() => false,
             Some(owner) => match tables.flow(&owner) {
                 Some(entry) => {
                     let flow = entry.flow();

@@ -50,7 +50,9 @@ pub(super) fn store<T: PacketTables>(tables: &T, key: &FlowKey, flow: &Flow) -> 
             let entry = tables.flow(&key)?;
             return Some((key, entry));
         };
+        // Of a foreign flow the backend is not known here.
         let alike = key.protocol != Protocol::Tcp.number()
+            && !flow.is_foreign()
             && entry.flow().backend == flow.backend
             && entry.flow().backend_port == flow.backend_port;
         if slot + 1 == FlowKey::SLOTS || entry.flow().is_over() || alike {

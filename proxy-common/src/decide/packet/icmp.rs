@@ -47,7 +47,9 @@ pub fn icmp_ingress(
     // About a packet whose source was replaced: back to the client with it.
     if tables.may_be_snat(inner.source.1) {
         let key = SnatKey::new(inner.source, inner.destination, inner.protocol);
-        if let Some(client) = tables.snat(&key) {
+        if let Some(client) = tables.snat(&key)
+            && !client.is_nobody()
+        {
             return translate(packet, tables, headers, &inner, Side::Source, (client.client, client.port));
         }
     }
@@ -55,7 +57,7 @@ pub fn icmp_ingress(
     if tables.may_be_vip(&headers.destination.0)
         && tables.may_be_flow(&inner.destination.0, inner.destination.1)
         && let Some((_, entry)) = find(tables, &inner.of_destination(), |flow| {
-            flow.vip == inner.source.0 && flow.vip_port == inner.source.1
+            !flow.is_foreign() && flow.vip == inner.source.0 && flow.vip_port == inner.source.1
         })
     {
         let to = (entry.flow().backend, entry.flow().backend_port);

@@ -4,8 +4,8 @@ use super::nat::{Side, rewrite};
 use super::own_node::own_node_reply;
 use super::{FlowEntry, Headers, Packet, PacketTables, Verdict};
 use crate::abi::{
-    Address, ClientKey, Flow, FlowKey, FrontendKey, FrontendKind, FrontendValue, Origin, Outcome,
-    PacketSettings, Protocol, WhichSet,
+    Address, BackendId, ClientKey, Flow, FlowKey, FrontendKey, FrontendKind, FrontendValue, Origin, Outcome,
+    PacketSettings, Protocol, ServiceId, WhichSet,
 };
 use crate::decide::snat::Snat;
 use crate::decide::{Client, Connect, get, serve};
@@ -25,6 +25,10 @@ pub fn ingress(
     if tables.may_be_snat(headers.destination.1)
         && let Some(client) = tables.snat(&headers.way_back())
     {
+        // Netfilter replaced it, and restores it.
+        if client.is_nobody() {
+            return Some(Verdict::Next);
+        }
         tables.count(Outcome::PacketSourceRestored);
         if let Some(entry) = tables.flow(&client)
             && entry.flow().flags & Flow::OWN_NODE != 0
@@ -103,22 +107,25 @@ pub(super) fn remember<T: PacketTables>(
     headers: &Headers,
     flow: &Flow,
 ) -> Option<(FlowKey, T::Entry)> {
+    let outcome = if flow.is_foreign() { Outcome::PacketUntouched } else { Outcome::PacketForwarded };
     if let Some((key, entry)) = find_dialled(tables, headers) {
         entry.replace(flow);
-        tables.count(Outcome::PacketForwarded);
+        tables.count(outcome);
         return Some((key, entry));
     }
     let stored = store(tables, &headers.of_source(), flow);
-    if stored.is_none() {
-        tables.count(Outcome::PacketNoRoom);
-    } else {
-        tables.count(Outcome::PacketForwarded);
-    }
+    tables.count(if stored.is_none() { Outcome::PacketNoRoom } else { outcome });
     stored
 }
 
 #[inline(always)]
 fn forward(packet: &mut impl Packet, headers: &Headers, flow: &Flow) -> Option<Verdict> {
+    if flow.is_held() {
+        return Some(Verdict::Drop);
+    }
+    if flow.is_foreign() {
+        return Some(Verdict::Next);
+    }
     let (to, verdict) = ((flow.backend, flow.backend_port), to_backend(flow));
     rewrite(packet, headers, Side::Destination, to)?;
     Some(verdict)
@@ -135,10 +142,20 @@ pub(super) fn is_over(tables: &impl PacketTables, protocol: Protocol, flow: &Flo
     match protocol {
         // The client's port is used anew, or nobody is left to answer.
         Protocol::Tcp => flow.is_over() || get(tables, flow.backend_id).is_none(),
-        // C2: a flow stays while its backend serves, whatever set it is in.
-        Protocol::Udp => get(tables, flow.backend_id).is_none_or(|backend| !backend.is_serving()),
+        Protocol::Udp => {
+            // Which backend another proxy chose, the agent has yet to find out.
+            let unknown = flow.is_foreign() && flow.backend_id == BackendId::NONE;
+            // C2: a flow stays while its backend serves, whatever set it is in.
+            flow.is_foreign() && is_idle(tables, flow)
+                || !unknown && get(tables, flow.backend_id).is_none_or(|backend| !backend.is_serving())
+        }
         Protocol::Sctp => false,
     }
+}
+
+#[inline(always)]
+fn is_idle(tables: &impl PacketTables, flow: &Flow) -> bool {
+    tables.now_ns().wrapping_sub(flow.used_ns) > Flow::FOREIGN_IDLE_NS
 }
 
 /// What a packet of a known connection does to it.
@@ -155,7 +172,8 @@ pub(super) fn follow<T: PacketTables>(tables: &T, headers: &Headers, entry: &T::
         entry.set_flags(flags);
     }
     touch(entry, tables.now_ns());
-    tables.count(Outcome::PacketFollowed);
+    let foreign = entry.flow().is_foreign();
+    tables.count(if foreign { Outcome::PacketUntouched } else { Outcome::PacketFollowed });
 }
 
 /// What becomes of a new connection.
@@ -178,11 +196,15 @@ pub fn decide(tables: &impl PacketTables, headers: &Headers) -> Decision {
         return Decision::Verdict(other(tables, headers));
     }
     let value = frontend.value;
+    let Some(settings) = tables.settings() else { return Decision::Verdict(Verdict::Next) };
+    // A packet of this node passed netfilter before it came here: nobody else wants it.
+    if settings.flags & PacketSettings::LEAVE_NEW != 0 && !tables.is_own() {
+        return leave(tables, headers, value.service());
+    }
     if value.has_source_ranges() && !tables.lets_in(value.service(), &source.0) {
         tables.count(Outcome::PacketSourceRefused);
         return Decision::Verdict(Verdict::Drop);
     }
-    let Some(settings) = tables.settings() else { return Decision::Verdict(Verdict::Next) };
     let origin = origin(tables, settings, &source.0);
     let client = || Client { origin, key: ClientKey::address(source.0) };
     match serve(tables, &client, &key, frontend) {
@@ -229,6 +251,23 @@ pub fn decide(tables: &impl PacketTables, headers: &Headers) -> Decision {
             Decision::Verdict(Verdict::Drop)
         }
     }
+}
+
+/// Leaves a new connection to another proxy. Datagrams need a note, since any of them could begin a flow.
+#[inline(always)]
+fn leave(tables: &impl PacketTables, headers: &Headers, service: ServiceId) -> Decision {
+    if headers.protocol == Protocol::Tcp.number() {
+        tables.count(Outcome::PacketUntouched);
+        return Decision::Verdict(Verdict::Next);
+    }
+    Decision::Forward(Flow {
+        vip: headers.destination.0,
+        vip_port: headers.destination.1,
+        used_ns: tables.now_ns(),
+        service,
+        flags: Flow::FOREIGN,
+        ..Flow::default()
+    })
 }
 
 /// M1. A packet that comes in by a device is never the node's own.

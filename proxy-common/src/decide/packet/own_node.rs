@@ -17,7 +17,8 @@ pub fn own_node(tables: &impl PacketTables, headers: &Headers) -> Verdict {
     let Some((_, entry)) = find_dialled(tables, headers) else {
         return if begins(headers) { Verdict::Begin } else { Verdict::Next };
     };
-    if begins(headers) && is_over(tables, protocol, entry.flow()) {
+    // What leaves for a VIP passed netfilter's NAT: nobody there owns it (any more).
+    if begins(headers) && (entry.flow().is_foreign() || is_over(tables, protocol, entry.flow())) {
         return Verdict::Begin;
     }
     follow(tables, headers, &entry);
@@ -42,6 +43,12 @@ pub fn stay_own(tables: &impl PacketTables, headers: &Headers, otherwise: Verdic
 #[inline(always)]
 pub fn leave_own(packet: &mut impl Packet, tables: &impl PacketTables, headers: &Headers) -> Option<Verdict> {
     let Some((key, entry)) = find_dialled(tables, headers) else { return Some(Verdict::Drop) };
+    if entry.flow().is_held() {
+        return Some(Verdict::Drop);
+    }
+    if entry.flow().is_foreign() {
+        return Some(Verdict::Next);
+    }
     let backend = (entry.flow().backend, entry.flow().backend_port);
     let (snat, verdict) = match tables.route(&backend.0, headers.v6) {
         Route::Device(device) => (source_by(tables.other_device(device), headers.v6), Verdict::Leave(device)),
@@ -89,6 +96,9 @@ pub(super) fn own_node_reply<T: PacketTables>(
     client: &FlowKey,
     entry: &T::Entry,
 ) -> Option<Verdict> {
+    if entry.flow().is_held() {
+        return Some(Verdict::Drop);
+    }
     let vip = (entry.flow().vip, entry.flow().vip_port);
     let index = entry.flow().device;
     answered(tables, headers, client, entry);
