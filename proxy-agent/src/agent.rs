@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use proxy_common::abi::{FrontendKey, ServiceId};
+use proxy_common::abi::{Backend, BackendId, FrontendKey, ServiceId};
+use proxy_common::decide::Peer;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
 use tokio::sync::watch;
 
@@ -220,6 +221,9 @@ impl Agent {
         let mut report = self.reconcile(&wanted, full)?;
         self.finish(&dirty, &report);
         report.writes += packet_writes + self.settle(&dirty, full);
+        if let Some(packets) = &self.packets {
+            packets.served(&wanted);
+        }
         self.status.synced(report.writes, begun.elapsed(), self.reconciler.frontend_count());
         if !self.status.synced {
             self.first_sync(&report)?;
@@ -253,14 +257,25 @@ impl Agent {
         let ports = tried.iter().flat_map(|key| self.wanted.service(key));
         let ids = ports.filter_map(|resolved| self.reconciler.service_id(&resolved.key));
         let owner = |key: &FrontendKey| self.reconciler.owner(key);
-        packets.purge(ids, |id| serves(&self.kernel, id), owner);
+        packets.purge(ids, |id| serving(&self.kernel, id).next().is_some(), owner);
         packets.settle(tried.iter().filter(|key| !self.failed.contains_key(key)), full)
     }
 
-    /// Hooks follow the devices once the programs find complete tables.
+    /// Hooks follow the devices once the programs find complete tables; with the first ones flows change hands.
     fn hook(&mut self) -> usize {
         match &mut self.packets {
-            Some(packets) if self.status.synced => packets.hook(&self.loaded),
+            Some(packets) if self.status.synced => {
+                let (reconciler, kernel) = (&self.reconciler, &self.kernel);
+                let known = |vip: &FrontendKey, backend: Peer| {
+                    let service = reconciler.owner(vip)?;
+                    Some((
+                        service,
+                        serving(kernel, service)
+                            .find_map(|(id, found)| ((found.address, found.port) == backend).then_some(id))?,
+                    ))
+                };
+                packets.hook(&self.loaded) + packets.take_over(&self.model, &known)
+            }
             Some(_) | None => 0,
         }
     }
@@ -442,15 +457,14 @@ async fn next_report(packets: &mut Option<PacketPath>) -> flows::Report {
     }
 }
 
-/// Whether a record has a serving backend (C3).
-fn serves(kernel: &Kernel, service: ServiceId) -> bool {
+/// Backends of a record that serve.
+fn serving(kernel: &Kernel, service: ServiceId) -> impl Iterator<Item = (BackendId, Backend)> {
     let record = kernel.record(service);
-    [record.cluster, record.local, record.draining].into_iter().any(|set| {
-        let mut slots = set.first()..set.first().saturating_add(set.count());
-        slots.any(|slot| {
-            let id = kernel.slot(slot);
-            let backend = kernel.backend(id.index());
-            backend.is(id) && backend.is_serving()
-        })
+    let sets = [record.cluster, record.local, record.draining].into_iter();
+    let slots = sets.flat_map(|set| set.first()..set.first().saturating_add(set.count()));
+    slots.filter_map(|slot| {
+        let id = kernel.slot(slot);
+        let backend = kernel.backend(id.index());
+        (backend.is(id) && backend.is_serving()).then_some((id, backend))
     })
 }

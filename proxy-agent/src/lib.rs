@@ -22,6 +22,7 @@ pub mod reconcile;
 pub mod resolve;
 pub mod source;
 pub mod status;
+pub mod takeover;
 pub mod told;
 pub mod view;
 pub mod wanted;

@@ -84,7 +84,7 @@ fn flow_table(rows: &[FlowRow]) -> String {
             flow.client.to_string(),
             flow.protocol.clone(),
             flow.vip.to_string(),
-            flow.backend.to_string(),
+            flow.backend.map_or("-".to_owned(), |backend| backend.to_string()),
             flow.snat.map_or_else(|| "-".to_owned(), |snat| snat.to_string()),
             flow.state.name().to_owned(),
             format!("{}s", flow.idle_seconds),

@@ -19,6 +19,8 @@ use tracing_subscriber::EnvFilter;
 
 use crate::control;
 use crate::kernel;
+use crate::takeover::hand_back::{Handed, hand_back};
+use crate::takeover::rules::keep_nat;
 use options::{ControlArgs, LogFormat, PinArgs};
 
 /// Sheave: the eBPF replacement for kube-proxy that is only the proxy.
@@ -55,7 +57,8 @@ enum Command {
     Status(status::StatusArgs),
     /// Detach the programs and remove all tables from the kernel.
     ///
-    /// Connections that are established go on; new ones to a VIP are no longer translated. Refused while an agent runs.
+    /// If kube-proxy's rules are there, it has the connections of the packet path from then on; else these end. Those that
+    /// sockets made go on in any case. New ones to a VIP are no longer translated. Refused while an agent runs.
     Cleanup(CleanupArgs),
 }
 
@@ -139,15 +142,27 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 impl CleanupArgs {
     fn run(&self) -> Result<ExitCode> {
         let pins = self.pins.pins();
-        let was_there = match pins.remove_all() {
-            Err(error @ kernel::Error::InUse { .. }) => {
-                return Err(error).context("nothing was removed; end the agent first");
-            }
-            result => result.context("clean up")?,
-        };
+        let was_there = pins.exist().context("clean up")?;
+        let mut handed = Handed::default();
+        if was_there {
+            let claim = match pins.claim() {
+                Err(error @ kernel::Error::InUse { .. }) => {
+                    return Err(error).context("nothing was removed; end the agent first");
+                }
+                result => result.context("clean up")?,
+            };
+            handed = hand_back(&pins).context("hand connections to kube-proxy")?;
+            pins.remove_all(claim).context("clean up")?;
+            keep_nat(false).context("clean up")?;
+        }
         block_on(control::remove_abandoned(&self.control.control_socket))?.context("clean up")?;
         let text = if was_there { "removed: programs detached, tables gone" } else { "nothing to remove" };
         writeln!(io::stdout(), "{text}: {}", pins.root().display())?;
+        let Handed { over, lost } = handed;
+        if over + lost > 0 {
+            let text = "connections that go on with kube-proxy: ";
+            writeln!(io::stdout(), "{text}{over}; that could not be handed over: {lost}")?;
+        }
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -44,6 +44,10 @@ struct PacketArgs {
     /// Ports of replaced source addresses. Sockets and NodePorts of this node should have none of them.
     #[arg(long, value_name = "FIRST-LAST", default_value_t)]
     snat_port_range: SnatPorts,
+    /// Remove kube-proxy's rules (nftables and iptables) once this agent serves and no kube-proxy runs. Its connections go
+    /// on.
+    #[arg(long)]
+    take_over: bool,
     /// How often the tables of connections are looked through.
     #[arg(long, value_name = "MILLISECONDS", default_value_t = 10_000, hide = true,
         value_parser = clap::value_parser!(u64).range(1..))]
@@ -87,8 +91,12 @@ impl RunArgs {
             packets: packet::Options {
                 snat_ports: self.packets.snat_port_range,
                 sweep_every: Duration::from_millis(self.packets.flow_sweep_ms),
+                take_over: self.packets.take_over,
             },
         };
+        if config.policy.no_packet_path && config.packets.take_over {
+            bail!("--take-over needs --packet-path on: without it kube-proxy is what serves packets");
+        }
         if !config.policy.no_packet_path {
             warn_of_local_ports(config.packets.snat_ports);
         }

@@ -165,25 +165,28 @@ impl Pins {
         Ok(())
     }
 
-    /// Removes everything: links first, so that no program runs on half of its maps. Returns whether there was anything.
+    /// Whether anything is pinned.
     ///
     /// # Errors
-    /// [`Error::InUse`] if an agent runs: it would go on without its pins, and the next one could not adopt anything. Else
-    /// if something cannot be removed.
-    pub fn remove_all(&self) -> Result<bool, Error> {
+    /// If that cannot be told: not `exists`, by which whoever may not look would be told that there is nothing.
+    pub fn exist(&self) -> Result<bool, Error> {
         let root = self.root();
-        // Not `exists`: whoever may not look would be told that there is nothing.
-        if !root.try_exists().map_err(Error::path("look for", &root))? {
-            return Ok(false);
-        }
-        let _claim = self.claim()?;
+        root.try_exists().map_err(Error::path("look for", &root))
+    }
+
+    /// Removes everything: links first, so that no program runs on half of its maps. Whoever has the claim may: an agent
+    /// that runs would go on without its pins, and the next one could not adopt anything.
+    ///
+    /// # Errors
+    /// If something cannot be removed.
+    pub fn remove_all(&self, _claim: Claim) -> Result<(), Error> {
+        let root = self.root();
         for link in fs::read_dir(self.links()).into_iter().flatten().flatten() {
             // The removal below detaches too, only later; before 5.9 it is the only way.
             let _ = sys::object_get(&link.path()).and_then(|link| sys::link_detach(link.as_fd()));
         }
         remove_directory(&self.links())?;
-        remove_directory(&root)?;
-        Ok(true)
+        remove_directory(&root)
     }
 
     fn names(&self) -> Result<Vec<String>, Error> {

@@ -11,6 +11,10 @@ use super::Error;
 use super::programs::open_pinned;
 use super::sys::{batch_entries, update_batch};
 
+/// Flags of an update.
+const BPF_NOEXIST: u64 = 1;
+const BPF_EXIST: u64 = 2;
+
 /// See the module.
 pub struct Table<K, V> {
     map: HashMap<MapData, K, V>,
@@ -75,6 +79,28 @@ impl<K: Pod + Default, V: Pod + Default> Table<K, V> {
             }
         }
         failures
+    }
+
+    /// Writes an entry where there is none.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn add(&mut self, key: &K, value: &V) -> io::Result<()> {
+        match self.map.insert(key, value, BPF_NOEXIST).map_err(io_error) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    /// Writes an entry where there is one.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn replace(&mut self, key: &K, value: &V) -> io::Result<()> {
+        match self.map.insert(key, value, BPF_EXIST).map_err(io_error) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            Ok(()) | Err(_) => Ok(()),
+        }
     }
 
     /// Removes an entry; one that is not there is as good as removed.

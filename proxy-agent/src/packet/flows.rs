@@ -19,6 +19,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use crate::kernel::table::Table;
 use crate::kernel::{self, Pins};
+use crate::takeover::hand_back;
 
 const SECOND_NS: u64 = 1_000_000_000;
 
@@ -44,6 +45,8 @@ pub enum State {
     Answered,
     /// At least one side has ended it.
     Closing,
+    /// Netfilter's NAT owns it, from another proxy.
+    Foreign,
 }
 
 impl State {
@@ -53,12 +56,15 @@ impl State {
             Self::Young => "young",
             Self::Answered => "answered",
             Self::Closing => "closing",
+            Self::Foreign => "foreign",
         }
     }
 
     /// Of an entry of either table.
     pub const fn of(flow: &Flow) -> Self {
-        if flow.flags & (Flow::RESET | Flow::CLIENT_FIN | Flow::BACKEND_FIN) != 0 {
+        if flow.is_foreign() {
+            Self::Foreign
+        } else if flow.flags & (Flow::RESET | Flow::CLIENT_FIN | Flow::BACKEND_FIN) != 0 {
             Self::Closing
         } else if flow.flags & Flow::ANSWERED != 0 {
             Self::Answered
@@ -105,10 +111,14 @@ pub type Owners = BTreeMap<(Address, Port), ServiceId>;
 pub struct Report {
     /// Which places of `VIPS` connections have, a bit each.
     vip_places: Vec<u64>,
+    /// Whether the node's own processes have connections by packets that netfilter's NAT is to have.
+    pub own_node: bool,
 }
 
 impl Report {
-    fn note(&mut self, vip: &Address) {
+    fn note(&mut self, key: &FlowKey, flow: &Flow) {
+        self.own_node |= flow.flags & Flow::OWN_NODE != 0 && hand_back::is_due(key, flow);
+        let vip = &flow.vip;
         self.vip_places.resize(VIP_PLACES / 64, 0);
         let place = vip_place(vip);
         if let Some(word) = self.vip_places.get_mut(place / 64) {
@@ -141,10 +151,10 @@ pub struct Counts {
 
 /// The tables.
 pub struct Flows {
-    young: Table<FlowKey, Flow>,
-    flows: Table<FlowKey, Flow>,
-    young_snat: Table<SnatKey, FlowKey>,
-    snat: Table<SnatKey, FlowKey>,
+    pub(crate) young: Table<FlowKey, Flow>,
+    pub(crate) flows: Table<FlowKey, Flow>,
+    pub(crate) young_snat: Table<SnatKey, FlowKey>,
+    pub(crate) snat: Table<SnatKey, FlowKey>,
     /// Replaced sources without a connection in the last walk. They go if the next one finds the same: a program may
     /// just have been between its two writes.
     suspects: HashSet<SnatKey>,
@@ -202,7 +212,7 @@ impl Flows {
         let mut live: BTreeMap<FlowKey, Flow> = BTreeMap::new();
         for (key, flow) in self.young.entries()? {
             // Nobody waits for those that nobody answers: the table turns over by itself.
-            report.note(&flow.vip);
+            report.note(&key, &flow);
             live.insert(key, flow);
         }
         let flows = self.flows.entries()?;
@@ -211,13 +221,14 @@ impl Flows {
             if is_dead(&key, &flow, now_ns) && self.remove_dead(&key, now_ns)? {
                 continue;
             }
-            report.note(&flow.vip);
+            report.note(&key, &flow);
             live.insert(key, flow);
         }
         let snat = self.snat.entries()?;
         tell_full(&mut self.told_full[1], "SNAT", snat.len(), self.snat.limit());
         let mut suspects = HashSet::new();
-        for (key, client) in snat {
+        // Those of nobody are looked after elsewhere.
+        for (key, client) in snat.into_iter().filter(|(_, client)| !client.is_nobody()) {
             let flow = match live.get(&client) {
                 Some(flow) => Some(*flow),
                 // Made after its table was read?
@@ -256,7 +267,11 @@ impl Flows {
         Ok(purged)
     }
 
-    fn flow(&self, key: &FlowKey) -> io::Result<Option<Flow>> {
+    /// One connection.
+    ///
+    /// # Errors
+    /// If a table cannot be read.
+    pub(crate) fn flow(&self, key: &FlowKey) -> io::Result<Option<Flow>> {
         Ok(match self.young.get(key)? {
             Some(flow) => Some(flow),
             None => self.flows.get(key)?,
@@ -273,10 +288,30 @@ impl Flows {
         Ok(true)
     }
 
+    /// Writes what the connection is now, in the table that has it.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub(crate) fn replace(&mut self, key: &FlowKey, flow: &Flow) -> io::Result<()> {
+        self.young.replace(key, flow)?;
+        self.flows.replace(key, flow)
+    }
+
     /// The way back goes last, as long as it is this connection's.
-    fn remove(&mut self, key: &FlowKey, flow: &Flow) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub(crate) fn remove(&mut self, key: &FlowKey, flow: &Flow) -> io::Result<()> {
         self.young.remove(key)?;
         self.flows.remove(key)?;
+        self.remove_source(key, flow)
+    }
+
+    /// The way back alone.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub(crate) fn remove_source(&mut self, key: &FlowKey, flow: &Flow) -> io::Result<()> {
         let Some(back) = companion(key, flow) else { return Ok(()) };
         for table in [&mut self.young_snat, &mut self.snat] {
             if table.get(&back)? == Some(*key) {
@@ -307,8 +342,8 @@ pub struct FlowView {
     pub protocol: String,
     /// What was dialled.
     pub vip: SocketAddr,
-    /// Where it goes.
-    pub backend: SocketAddr,
+    /// Where it goes, unless that is another proxy's choice.
+    pub backend: Option<SocketAddr>,
     /// The source that the backend sees, if it is replaced.
     pub snat: Option<SocketAddr>,
     /// How far it is.
@@ -328,7 +363,7 @@ impl FlowView {
             protocol: Protocol::from_number(key.protocol)
                 .map_or_else(|| key.protocol.to_string(), |protocol| protocol.name().to_owned()),
             vip: at(flow.vip, flow.vip_port),
-            backend: at(flow.backend, flow.backend_port),
+            backend: (!flow.is_foreign()).then(|| at(flow.backend, flow.backend_port)),
             snat: (flow.snat_port != Port::default()).then(|| at(flow.snat, flow.snat_port)),
             state: State::of(flow),
             idle_seconds: now_ns.saturating_sub(flow.used_ns) / SECOND_NS,
@@ -419,7 +454,7 @@ mod tests {
         let address = |n: u32| Address::from(std::net::IpAddr::from((0x0a60_0000 + n).to_be_bytes()));
         let mut report = Report::default();
         assert!(!report.is_in_use(vip_place(&address(1))));
-        report.note(&address(1));
+        report.note(&FlowKey::default(), &Flow { vip: address(1), ..Flow::default() });
         assert!(report.is_in_use(vip_place(&address(1))));
         assert!(!report.is_in_use(vip_place(&address(2))) && !report.is_in_use(VIP_PLACES));
     }

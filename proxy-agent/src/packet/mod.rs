@@ -15,7 +15,8 @@ pub mod roles;
 pub mod settings;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aya::maps::{Array, Map, MapData};
@@ -33,7 +34,9 @@ use crate::kernel::table::{Table, io_error};
 use crate::kernel::{self, Loaded, Pins, devices, programs::open_pinned};
 use crate::model::Model;
 use crate::object::{Family, ObjectKey};
+use crate::reconcile::WantedService;
 use crate::source::links::Link;
+use crate::takeover::{Foreign, Known, Served, Watch, rules::Rules};
 
 /// How long what failed waits before it is tried again.
 const RETRY: Duration = Duration::from_secs(1);
@@ -45,6 +48,8 @@ pub struct Options {
     pub snat_ports: SnatPorts,
     /// How often the tables of connections are looked through.
     pub sweep_every: Duration,
+    /// Whether kube-proxy's rules go.
+    pub take_over: bool,
 }
 
 /// See the module.
@@ -76,6 +81,14 @@ pub struct PacketPath {
     told: BTreeSet<String>,
     upkeep: Upkeep,
     reports: UnboundedReceiver<Report>,
+    /// Whether what begins is left to the kube-proxy that is there, until what it has is seeded.
+    leave_new: bool,
+    /// Whether no hooks were there before.
+    fresh: bool,
+    /// Whether [`Self::take_over`] is still to come.
+    takeover_due: bool,
+    /// Looks after the connections of a kube-proxy.
+    watch: Option<Watch>,
 }
 
 /// A device in `sheave status`.
@@ -109,6 +122,9 @@ impl PacketPath {
         let devices_written = devices.entries().map_err(read("DEVICES"))?.into_iter().collect();
         let (to, reports) = unbounded_channel();
         let upkeep = Upkeep::start(Flows::open(pins)?, options.sweep_every, to);
+        // A run that ended halfway begins anew.
+        let halfway = settings_written.flags & PacketSettings::LEAVE_NEW != 0;
+        let fresh = halfway || !devices::hooked(pins)?.values().any(|hooked| *hooked);
         Ok(Self {
             pins: pins.clone(),
             options,
@@ -131,6 +147,11 @@ impl PacketPath {
             upkeep: upkeep
                 .map_err(kernel::Error::path("start the thread for", pins.state().join("FLOWS")))?,
             reports,
+            // If that cannot be told, there may be one.
+            leave_new: fresh && !Rules::find().is_ok_and(|rules| rules.is_empty()),
+            fresh,
+            takeover_due: true,
+            watch: None,
         })
     }
 
@@ -173,7 +194,28 @@ impl PacketPath {
                 tracing::warn!(error = &error as &dyn std::error::Error, "hooks cannot be looked after")
             }
         }
+        if report.own_node
+            && let Some(watch) = &self.watch
+        {
+            watch.hand_over_own();
+        }
         self.filters.clear_unused(report)
+    }
+
+    /// C2: these Services are programmed; what netfilter's NAT has of them follows. Not to nobody (C3).
+    pub fn served(&self, services: &[WantedService]) {
+        let Some(watch) = self.watch.as_ref().filter(|watch| watch.owns_any()) else { return };
+        let mut served = Served::new();
+        for port in services.iter().flat_map(|service| &service.ports) {
+            let serving = port.endpoints.iter().filter(|(_, state)| state.serving).map(|(at, _)| *at);
+            let serving: Arc<BTreeSet<SocketAddr>> = Arc::new(serving.collect());
+            if !serving.is_empty() {
+                let vips = port.frontends.iter().map(|(key, _)| key);
+                let vips = vips.filter(|key| key.protocol() == Protocol::Udp.number());
+                served.extend(vips.map(|key| ((key.address(), key.port()), Arc::clone(&serving))));
+            }
+        }
+        watch.served(served);
     }
 
     /// When something that failed is to be tried again.
@@ -229,7 +271,10 @@ impl PacketPath {
     }
 
     fn write_settings(&mut self, model: &Model) -> usize {
-        let wanted = settings::settings(model.facts(), &model.context().policy, self.options.snat_ports);
+        let mut wanted = settings::settings(model.facts(), &model.context().policy, self.options.snat_ports);
+        if self.leave_new {
+            wanted.flags |= PacketSettings::LEAVE_NEW;
+        }
         for (what, ranges) in
             [("pod", &model.facts().local_pod_cidrs), ("service", &model.context().policy.service_cidrs)]
         {
@@ -311,6 +356,44 @@ impl PacketPath {
                 self.devices_written.remove(&index);
                 writes += 1;
             }
+        }
+        writes
+    }
+
+    /// After the first hooks: leaves to a kube-proxy what it has, and nothing else. Returns the number of writes.
+    pub fn take_over(&mut self, model: &Model, known: &impl Known) -> usize {
+        if !std::mem::take(&mut self.takeover_due) {
+            return 0;
+        }
+        let seed = |mut foreign: Foreign| -> Result<Foreign, kernel::Error> {
+            let seeded = foreign.seed(known).map_err(kernel::Error::path("read", "connection tracking"))?;
+            if seeded > 0 {
+                tracing::info!(datagram_flows = seeded, "another proxy's connections are left alone");
+            }
+            Ok(foreign)
+        };
+        let mut foreign = Foreign::open(&self.pins, self.options.snat_ports);
+        if self.leave_new {
+            foreign = foreign.and_then(seed);
+        }
+        // Whatever came of it: what begins is nobody's before.
+        self.leave_new = false;
+        let writes = self.write_settings(model);
+        if self.fresh {
+            // What began meanwhile; and what was there, if nobody is left to make more.
+            foreign = foreign.and_then(seed);
+        }
+        let every = self.options.sweep_every;
+        let watch = foreign.and_then(|foreign| {
+            let watch = Watch::start(foreign, self.options.take_over, every);
+            watch.map_err(kernel::Error::path("start the thread for", "connection tracking"))
+        });
+        match watch {
+            Ok(watch) => self.watch = Some(watch),
+            Err(error) => tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "connections that another proxy made are not looked after"
+            ),
         }
         writes
     }
