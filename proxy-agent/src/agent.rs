@@ -19,6 +19,8 @@ use crate::object::{Batch, ObjectKey};
 use crate::packet::{self, PacketPath, flows};
 use crate::reconcile::{self, REST_MS, Reconciler, Report, WantedPort, WantedService};
 use crate::resolve::Policy;
+use crate::served::served;
+use crate::sockets::Closer;
 use crate::source::links::Link;
 use crate::status::Status;
 use crate::told::{News, Told};
@@ -58,6 +60,7 @@ pub struct Agent {
     kernel: Kernel,
     loaded: Loaded,
     packets: Option<PacketPath>,
+    closer: Closer,
     /// Which tables `kernel` and `loaded` are of.
     generation: u32,
     settings: Settings,
@@ -95,6 +98,10 @@ impl Agent {
         } else {
             Some(PacketPath::open(&config.pins, config.packets)?)
         };
+        let closer = Closer::start(&config.pins).map_err(kernel::Error::path(
+            "start the thread for",
+            config.pins.state().join("SOCKET_PLACES"),
+        ))?;
         let model = Model::new(config.node_name.clone(), config.policy.clone(), OwnAddresses::Reported);
         Ok(Self {
             status: Status::new(&config, reconciler.adopted_frontends()),
@@ -106,6 +113,7 @@ impl Agent {
             kernel,
             loaded,
             packets,
+            closer,
             generation,
             settings,
             started: Instant::now(),
@@ -221,9 +229,11 @@ impl Agent {
         let mut report = self.reconcile(&wanted, full)?;
         self.finish(&dirty, &report);
         report.writes += packet_writes + self.settle(&dirty, full);
+        let served = served(&wanted);
         if let Some(packets) = &self.packets {
-            packets.served(&wanted);
+            packets.served(&served);
         }
+        self.closer.served(served);
         self.status.synced(report.writes, begun.elapsed(), self.reconciler.frontend_count());
         if !self.status.synced {
             self.first_sync(&report)?;

@@ -20,6 +20,8 @@ pub mod object;
 pub mod packet;
 pub mod reconcile;
 pub mod resolve;
+pub mod served;
+pub mod sockets;
 pub mod source;
 pub mod status;
 pub mod takeover;

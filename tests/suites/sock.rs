@@ -4,9 +4,11 @@
 
 use std::{
     net::{Ipv4Addr, SocketAddr, UdpSocket},
+    thread,
     time::{Duration, Instant},
 };
 
+use anyhow::{Context as _, ensure};
 use aya::maps::{Array, Map, MapData};
 use proxy_agent::kernel::{Pins, programs::open_pinned};
 use proxy_common::abi::{Address, BackendId, Port, SocketOrigin, SocketPlace, socket::SOCKET_PLACES};
@@ -16,7 +18,9 @@ use sheave_tests::{
     lab::{Place, Shape},
     manifests::{Object, service},
     protocol::{Dial, LoopSpec, Transport},
-    scene::{ENOUGH, Scene, TARGET, TRANSPORTS, answers, at, fail, names, reach, slices, socket_kinds},
+    scene::{
+        ENOUGH, Scene, TARGET, TRANSPORTS, answers, at, eventually, fail, names, reach, slices, socket_kinds,
+    },
 };
 
 const V4: &str = "10.96.0.10";
@@ -476,6 +480,71 @@ fn c2_terminating_but_serving_keeps_its_flows() {
     }
     scene.apply("web", &with_old(false)).unwrap();
     assert_eq!(ask(&client, id, vip), ("pod-1-2".to_owned(), vip));
+}
+
+/// B5: connected sockets of an endpoint that serves no more are closed, in every network namespace of the node; not those
+/// of an endpoint that serves, nor whoever dialled the endpoint itself, nor TCP. C3: not while nobody else serves.
+#[test]
+fn b5_connected_sockets_leave_an_endpoint_that_serves_no_more() {
+    let mut scene = Scene::new(3).unwrap();
+    scene.serve().unwrap();
+    scene.apply("web", &web_in(&scene, &[0, 1])).unwrap();
+    let [gone, stays] = [0, 1].map(|pod| scene.pod(pod).unwrap().name().to_owned());
+    let direct = Dial::new(SocketAddr::new(scene.pod(0).unwrap().v4().into(), TARGET));
+    let places = [scene.node().unwrap().host(), scene.pod(2).unwrap()];
+    let clients = places.map(|place| place.client().unwrap());
+    let (mut sockets, mut held) = (Vec::new(), Vec::new());
+    for client in &clients {
+        for (transport, dial, _) in socket_kinds(V4, V6, 80).unwrap() {
+            match transport {
+                Transport::UdpConnected => {
+                    for pod in [&gone, &stays] {
+                        sockets.push((client, dial, pod, opened_to(client, dial, pod)));
+                    }
+                }
+                Transport::Tcp => held.push((client, client.hold(dial, 8).unwrap().id)),
+                Transport::UdpUnconnected => {}
+            }
+        }
+        sockets.push((client, direct, &gone, opened_to(client, direct, &gone)));
+    }
+    let still_answer = |which: &dyn Fn(Dial, &str) -> bool| {
+        for (client, dial, pod, id) in sockets.iter().filter(|(_, dial, pod, _)| which(*dial, pod)) {
+            let answer = client.send(*id, SECOND).unwrap().map(|exchange| exchange.answer);
+            assert_eq!(answer, Ok(Some((*pod).clone())), "{dial:?}");
+        }
+    };
+    scene.apply("web", &web_in(&scene, &[])).unwrap();
+    thread::sleep(SOON);
+    still_answer(&|_, _| true);
+
+    scene.apply("web", &web_in(&scene, &[1])).unwrap();
+    for (client, dial, _, id) in sockets.iter().filter(|(_, dial, pod, _)| *pod == &gone && *dial != direct) {
+        eventually(&format!("closed: {dial:?}"), || {
+            let failure = client.send(*id, SOON)?.err().context("it is still answered")?;
+            ensure!(!failure.is_timeout(), "{failure}");
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(reach(client, Transport::UdpConnected, *dial).unwrap().answer.as_ref(), Some(&stays));
+    }
+    still_answer(&|dial, pod| pod == stays || dial == direct);
+    for (client, id) in held {
+        let report = client.check_held(id).unwrap();
+        assert_eq!((report.alive, report.failures.len()), (8, 0), "{report:?}");
+    }
+}
+
+/// A connected socket that this pod answers.
+fn opened_to(client: &Client, dial: Dial, pod: &str) -> u64 {
+    for _ in 0..ENOUGH {
+        let exchange = client.open(Transport::UdpConnected, dial).unwrap().unwrap();
+        if exchange.answer.as_deref() == Some(pod) {
+            return exchange.id.unwrap();
+        }
+        client.close(exchange.id.unwrap()).unwrap();
+    }
+    panic!("{pod} never answered {dial:?}");
 }
 
 /// Whoever is in no cgroup of the node is not translated: the lab proves that it is the hooks that do it.

@@ -139,7 +139,7 @@ pub(super) fn update_batch<K: Pod, V: Pod>(
     (done, None)
 }
 
-/// All entries of a hash map. While others write, an entry may be missed or come twice.
+/// All entries of a hash map or an array. While others write, an entry may be missed or come twice.
 ///
 /// # Errors
 /// If the kernel refuses; a bucket that does not fit makes the buffer grow.

@@ -15,8 +15,7 @@ pub mod roles;
 pub mod settings;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use aya::maps::{Array, Map, MapData};
@@ -34,9 +33,9 @@ use crate::kernel::table::{Table, io_error};
 use crate::kernel::{self, Loaded, Pins, devices, programs::open_pinned};
 use crate::model::Model;
 use crate::object::{Family, ObjectKey};
-use crate::reconcile::WantedService;
+use crate::served::Served;
 use crate::source::links::Link;
-use crate::takeover::{Foreign, Known, Served, Watch, rules::Rules};
+use crate::takeover::{Foreign, Known, Watch, rules::Rules};
 
 /// How long what failed waits before it is tried again.
 const RETRY: Duration = Duration::from_secs(1);
@@ -202,20 +201,11 @@ impl PacketPath {
         self.filters.clear_unused(report)
     }
 
-    /// C2: these Services are programmed; what netfilter's NAT has of them follows. Not to nobody (C3).
-    pub fn served(&self, services: &[WantedService]) {
-        let Some(watch) = self.watch.as_ref().filter(|watch| watch.owns_any()) else { return };
-        let mut served = Served::new();
-        for port in services.iter().flat_map(|service| &service.ports) {
-            let serving = port.endpoints.iter().filter(|(_, state)| state.serving).map(|(at, _)| *at);
-            let serving: Arc<BTreeSet<SocketAddr>> = Arc::new(serving.collect());
-            if !serving.is_empty() {
-                let vips = port.frontends.iter().map(|(key, _)| key);
-                let vips = vips.filter(|key| key.protocol() == Protocol::Udp.number());
-                served.extend(vips.map(|key| ((key.address(), key.port()), Arc::clone(&serving))));
-            }
+    /// C2: what netfilter's NAT has of these VIPs follows who serves them. Not to nobody (C3).
+    pub fn served(&self, served: &Served) {
+        if let Some(watch) = self.watch.as_ref().filter(|watch| watch.owns_any()) {
+            watch.served(served.clone());
         }
-        watch.served(served);
     }
 
     /// When something that failed is to be tried again.

@@ -38,6 +38,7 @@ use crate::kernel::table::io_error;
 use crate::kernel::{self, Pins};
 use crate::packet::flows::{Flows, now_ns};
 use crate::packet::settings::SnatPorts;
+use crate::served::Served;
 
 /// A datagram flow that was left to kube-proxy a moment ago gets its entry in connection tracking within that time.
 const SETTLED: Duration = Duration::from_millis(100);
@@ -218,7 +219,7 @@ impl Foreign {
     fn purge(&self, served: &Served) -> io::Result<()> {
         let is_udp = |original: &Tuple| original.protocol == Protocol::Udp.number();
         for Translated { original, reply } in self.conntrack.translated()? {
-            let serving = served.get(&peer(original.destination)).filter(|_| is_udp(&original));
+            let serving = served.get(&original.destination).filter(|_| is_udp(&original));
             if serving.is_some_and(|serving| !serving.contains(&reply.source)) {
                 self.conntrack.forget(&original)?;
             }
@@ -226,9 +227,6 @@ impl Foreign {
         Ok(())
     }
 }
-
-/// Datagram VIPs, and the endpoints behind each that serve.
-pub type Served = BTreeMap<Peer, Arc<BTreeSet<SocketAddr>>>;
 
 /// What the thread is told.
 enum Order {

@@ -11,7 +11,7 @@ pub const SOCKET_PLACES: u32 = 1 << 15;
 
 /// What the application dialled and where the connection went instead.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct SocketOrigin {
     /// The backend, for whoever must find sockets of backends that are gone (B5).
     pub backend_id: BackendId,
@@ -48,7 +48,7 @@ impl SocketOrigin {
 
 /// The place of the sockets whose cookies end alike.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct SocketPlace {
     /// Whose it is; 0: nobody's.
     pub cookie: u64,
