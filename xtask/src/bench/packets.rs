@@ -106,9 +106,9 @@ const ARMS: [(&str, usize, To); 9] = [
     ("bare redirect", 2, To::Backend),
     (SHEAVE, 3, To::Service),
     (SHEAVE_TRACKED, 4, To::Service),
-    ("bystander", 3, To::Backend),
-    (NFTABLES, 6, To::Service),
-    (IPTABLES, 7, To::Service),
+    ("bystander", 6, To::Backend),
+    (NFTABLES, 7, To::Service),
+    (IPTABLES, 8, To::Service),
     (AGAIN, 5, To::Backend),
 ];
 
@@ -166,6 +166,8 @@ fn nodes(scale: Scale, hub: Option<&Hub>) -> Result<Vec<Node>> {
         ours(false)?,
         ours(true)?,
         plain(false, false)?,
+        // For whoever uses no Service. Where the same senders do as well, their ports are known and looked up.
+        ours(false)?,
     ];
     for (hub, number, mode) in
         hub.into_iter().flat_map(|hub| [(hub, 1, Mode::Nftables), (hub, 2, Mode::Iptables)])
