@@ -50,6 +50,8 @@ pub struct StatusView<'a> {
 #[derive(Serialize)]
 struct PacketView<'a> {
     devices: Vec<DeviceView>,
+    /// How programs are put on devices.
+    hooks: &'static str,
     /// What could not be done, with the reason.
     failed: &'a BTreeMap<String, String>,
 }
@@ -103,8 +105,11 @@ impl Status {
                 .map(|(_, took)| u64::try_from(took.as_micros()).unwrap_or(u64::MAX)),
             failed: failed.iter().map(|(key, error)| (key.to_string(), error.as_str())).collect(),
             problems,
-            packet_path: packets
-                .map(|packets| PacketView { devices: packets.device_views(), failed: packets.failed() }),
+            packet_path: packets.map(|packets| PacketView {
+                devices: packets.device_views(),
+                hooks: packets.hooks().name(),
+                failed: packets.failed(),
+            }),
         }
     }
 }

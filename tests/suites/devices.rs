@@ -261,6 +261,120 @@ fn q2_hooks_are_adopted() {
     soon(scene.node().unwrap(), &["eth0", "veth1", "twin0", "twin1", "new0", "new1"]);
 }
 
+/// Kernel ids of programs in our filters at both hooks of a device.
+fn filters(netns: &Netns, device: &str) -> Result<Hooks> {
+    let list = |direction: &str, name: &str| -> Result<Vec<u32>> {
+        let arguments = ["-json", "filter", "show", "dev", device, direction];
+        let output = netns.command("tc").args(arguments).output().context("running `tc`")?;
+        let filters: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        let options = filters.as_array().into_iter().flatten().map(|filter| &filter["options"]);
+        let ours = options.filter(|options| options["bpf_name"] == name);
+        ours.map(|options| Ok(options["prog"]["id"].as_u64().context("no program")?.try_into()?)).collect()
+    };
+    Ok(Hooks { ingress: list("ingress", "tc_ingress")?, egress: list("egress", "tc_egress")? })
+}
+
+/// Exactly these devices and `lo` have one filter of ours at each hook, all with the same programs, and no links.
+fn filtered(node: &Node, expected: &[&str]) -> Result<Hooks> {
+    let netns = node.host().netns();
+    let expected: Vec<&str> = expected.iter().copied().chain(["lo"]).collect();
+    let mut ours = None;
+    for (name, links) in all_hooks(netns)? {
+        let filters = filters(netns, &name)?;
+        ensure!(links.ingress.is_empty() && links.egress.is_empty(), "{name} has links: {links:?}");
+        if expected.contains(&name.as_str()) {
+            ensure!(filters.ingress.len() == 1 && filters.egress.len() == 1, "{name}: {filters:?}");
+            let first = ours.get_or_insert_with(|| filters.clone());
+            ensure!(*first == filters, "{name} has {filters:?}, another device {first:?}");
+        } else {
+            ensure!(filters.ingress.is_empty() && filters.egress.is_empty(), "{name}: {filters:?}");
+        }
+    }
+    ours.context("no device is to be hooked")
+}
+
+fn filtered_soon(node: &Node, expected: &[&str]) -> Hooks {
+    eventually(&format!("filters on {expected:?}"), || filtered(node, expected)).unwrap()
+}
+
+/// Classic filters, as on kernels before 6.6: they follow the devices, outlive the agent, are replaced in their places, and
+/// come back when somebody removes them. Filters of others stay what they are, before and after.
+#[test]
+fn classic_filters_are_hooks_too() {
+    let arguments = ["--device-hooks", "clsact", "--flow-sweep-ms", "50"];
+    let mut scene = Scene::without_agent(Shape { nodes: 1, pods: 1 }, &arguments).unwrap();
+    let host = scene.node().unwrap().host().netns().clone();
+    let tc = |arguments: &str| {
+        let output = host.command("tc").args(arguments.split(' ')).output().unwrap();
+        assert!(output.status.success(), "{arguments}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let others = || {
+        ["ingress", "egress"].map(|hook| {
+            let all = tc(&format!("filter show dev eth0 {hook}"));
+            all.lines().filter(|line| line.contains("u32") && line.contains("fh")).count()
+        })
+    };
+    tc("qdisc add dev eth0 clsact");
+    for hook in ["ingress", "egress"] {
+        tc(&format!("filter add dev eth0 {hook} pref 1000 protocol all u32 match u32 0 0 flowid 1:1"));
+    }
+    let foreign = others();
+    scene.start_agent().unwrap();
+    let mut last = filtered_soon(scene.node().unwrap(), &["eth0", "veth1"]);
+    assert_eq!(scene.agent().unwrap().status().unwrap()["packet_path"]["hooks"], "clsact");
+    // First at ingress, last at egress.
+    let order = |hook: &str| {
+        let all = tc(&format!("filter show dev eth0 {hook}"));
+        let place = |what: &str| all.find(what).unwrap();
+        (place(" bpf "), place(" u32 "))
+    };
+    assert!(order("ingress").0 < order("ingress").1 && order("egress").0 > order("egress").1);
+
+    for _ in 0..2 {
+        scene.take_agent().unwrap().kill().unwrap();
+        assert_eq!(filtered(scene.node().unwrap(), &["eth0", "veth1"]).unwrap(), last);
+        scene.start_agent().unwrap();
+        let now = filtered_soon(scene.node().unwrap(), &["eth0", "veth1"]);
+        assert_ne!(now, last, "the new agent's programs");
+        assert_eq!(scene.agent().unwrap().status().unwrap()["writes"], 0);
+        last = now;
+    }
+    tc("filter del dev eth0 ingress pref 1");
+    assert_eq!(filtered_soon(scene.node().unwrap(), &["eth0", "veth1"]), last);
+    tc("qdisc del dev veth1 clsact");
+    assert_eq!(filtered_soon(scene.node().unwrap(), &["eth0", "veth1"]), last);
+    host.ip("link add new0 type veth peer name new1\n").unwrap();
+    filtered_soon(scene.node().unwrap(), &["eth0", "veth1", "new0", "new1"]);
+    host.ip("link del new0\n").unwrap();
+    filtered_soon(scene.node().unwrap(), &["eth0", "veth1"]);
+
+    // From one kind to the other and back.
+    scene.take_agent().unwrap().kill().unwrap();
+    let spawn = |scene: &Scene, arguments: &[&str]| {
+        let agent = sheave_tests::agent::Agent::spawn(scene.lab(), scene.node().unwrap(), arguments);
+        let mut agent = agent.unwrap();
+        agent.wait_synced(std::time::Duration::from_secs(60)).unwrap();
+        agent
+    };
+    let linked = spawn(&scene, &[]);
+    soon(scene.node().unwrap(), &["eth0", "veth1"]);
+    for device in ["eth0", "veth1", "lo"] {
+        let left = filters(&host, device).unwrap();
+        assert!(left.ingress.is_empty() && left.egress.is_empty(), "{device}: {left:?}");
+    }
+    linked.kill().unwrap();
+    let filtering = spawn(&scene, &arguments);
+    filtered_soon(scene.node().unwrap(), &["eth0", "veth1"]);
+    filtering.stop().unwrap();
+    assert!(sheave(scene.node().unwrap(), &["cleanup"]).unwrap().status.success());
+    for device in ["eth0", "veth1", "lo"] {
+        let left = filters(&host, device).unwrap();
+        assert!(left.ingress.is_empty() && left.egress.is_empty(), "{device}: {left:?}");
+    }
+    assert_eq!(others(), foreign, "those of others");
+}
+
 /// Larger tables come with programs of their own: every device gets them.
 #[test]
 fn growth_switches_every_hook() {

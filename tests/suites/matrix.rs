@@ -37,15 +37,20 @@ fn flags(settings: Settings) -> Vec<&'static str> {
 
 /// `nodes`: on which of them an agent runs.
 fn holds(layout: Layout, settings: Settings, nodes: &[usize]) {
+    holds_with(&[], layout, settings, nodes);
+}
+
+/// With more arguments for the agents.
+fn holds_with(more: &[&'static str], layout: Layout, settings: Settings, nodes: &[usize]) {
     let mut world = World::new(layout).unwrap();
     world.serve().unwrap();
     world.manifests().write("matrix", &objects(&world).unwrap()).unwrap();
     for node in nodes {
-        world.start_agent(*node, &flags(settings)).unwrap();
+        world.start_agent(*node, &[&flags(settings)[..], more].concat()).unwrap();
     }
     world.settle().unwrap();
     let table = matrix::run(&world, &cases(), settings).unwrap();
-    println!("{layout} {settings:?}, agents on {nodes:?}\n{table}");
+    println!("{layout} {settings:?}, agents on {nodes:?} {more:?}\n{table}");
     assert_eq!(table.wrong(), 0, "of {}:\n{}", table.total(), table.failures());
 }
 
@@ -80,6 +85,13 @@ fn without_offloads() {
     let layout = Layout { offload: false, guard: Guard::DropInvalid, ..Layout::default() };
     holds(layout, Settings::default(), &[0]);
     holds(Layout { offload: false, ..Layout::overlay() }, Settings::default(), &[0]);
+}
+
+/// As on kernels before 6.6.
+#[test]
+fn by_classic_filters() {
+    let layout = Layout { guard: Guard::OnlyReal, ..Layout::overlay() };
+    holds_with(&["--device-hooks", "clsact"], layout, Settings::default(), &[0, 1]);
 }
 
 /// M1: the other ways to tell a local pod.

@@ -3,7 +3,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
@@ -11,6 +11,7 @@ use super::options::{ControlArgs, KubeArgs, ManifestArgs, NodeArgs, PinArgs, Pol
 use crate::agent::{Agent, Config};
 use crate::control;
 use crate::dataplane::Limits;
+use crate::kernel::devices::Hooks;
 use crate::packet::{self, settings::SnatPorts};
 use crate::source::{addresses, files, kube, links};
 
@@ -37,6 +38,13 @@ pub(super) struct RunArgs {
     packets: PacketArgs,
 }
 
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+enum DeviceHooks {
+    Auto,
+    Tcx,
+    Clsact,
+}
+
 /// How packets are served, where no socket hook serves them.
 #[derive(Args, Clone, Copy, Debug)]
 #[command(next_help_heading = "Packet path")]
@@ -44,6 +52,10 @@ struct PacketArgs {
     /// Ports of replaced source addresses. Sockets and NodePorts of this node should have none of them.
     #[arg(long, value_name = "FIRST-LAST", default_value_t)]
     snat_port_range: SnatPorts,
+    /// How programs are put on devices: `clsact` filters for kernels before 6.6, or where a CNI has classic filters at
+    /// egress, which then come before ours and see pods' addresses; `auto` takes tcx where the kernel has it.
+    #[arg(long, value_enum, default_value = "auto")]
+    device_hooks: DeviceHooks,
     /// Remove kube-proxy's rules (nftables and iptables) once this agent serves and no kube-proxy runs. Its connections go
     /// on.
     #[arg(long)]
@@ -92,6 +104,11 @@ impl RunArgs {
                 snat_ports: self.packets.snat_port_range,
                 sweep_every: Duration::from_millis(self.packets.flow_sweep_ms),
                 take_over: self.packets.take_over,
+                hooks: match self.packets.device_hooks {
+                    DeviceHooks::Auto => Hooks::of_this_kernel(),
+                    DeviceHooks::Tcx => Hooks::Tcx,
+                    DeviceHooks::Clsact => Hooks::Clsact,
+                },
             },
         };
         if config.policy.no_packet_path && config.packets.take_over {

@@ -72,7 +72,8 @@ fn packet_path(packets: Option<&Value>) -> String {
         // Writing to a string cannot fail.
         let _ = write!(
             text,
-            "\ndevices:\n{}",
+            "\ndevices, hooked by {}:\n{}",
+            packets.get("hooks").and_then(Value::as_str).unwrap_or("?"),
             table(2, &["INDEX", "NAME", "HOOKED", "ROLE", "REPLACED SOURCES"], &rows)
         );
     }

@@ -1,7 +1,8 @@
-//! The hooks of the packet path: two tcx links on each device, pinned as `links/PROGRAM-IFINDEX`.
+//! The hooks of the packet path: two tcx links on each device, pinned as `links/PROGRAM-IFINDEX`; or two classic filters,
+//! which need no pin ([`super::filters`]).
 //!
 //! A link belongs to the device that it was made for, not to its index: when the device goes, the kernel says index 0,
-//! and another device that gets the index later does not get the hook.
+//! and another device that gets the index later does not get the hook. Filters go with their device.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,22 +10,91 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
+use aya::programs::{SchedClassifier, TcAttachType};
 use aya_obj::generated::bpf_attach_type::{self, BPF_TCX_EGRESS, BPF_TCX_INGRESS};
+use nix::net::if_::if_nameindex;
 
+use super::filters::{Direction, Filters};
 use super::{Error, Loaded, Pins, sys};
 
 /// Programs and where they go, in the order of attachment: the way back first.
-const HOOKS: [(&str, bpf_attach_type); 2] = [("tc_egress", BPF_TCX_EGRESS), ("tc_ingress", BPF_TCX_INGRESS)];
+const HOOKS: [(&str, bpf_attach_type, Direction); 2] =
+    [("tc_egress", BPF_TCX_EGRESS, Direction::Egress), ("tc_ingress", BPF_TCX_INGRESS, Direction::Ingress)];
+
+/// How programs are put on devices.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Hooks {
+    /// By links, of kernels from 6.6 on.
+    Tcx,
+    /// By classic filters.
+    Clsact,
+}
+
+impl Hooks {
+    /// What this kernel has.
+    pub fn of_this_kernel() -> Self {
+        // Of any device: the loopback device is always there.
+        let asked = SchedClassifier::query_tcx("lo", TcAttachType::Ingress);
+        if asked.is_ok() { Self::Tcx } else { Self::Clsact }
+    }
+
+    /// Name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tcx => "tcx",
+            Self::Clsact => "clsact",
+        }
+    }
+}
 
 impl Loaded {
-    /// Puts both programs on a device, or replaces the programs of the links that a former run pinned: at no moment is a
-    /// hook without a program. Returns how many links had to be made; `None`: there is no such device (any more).
+    /// Puts both programs on a device, or replaces those that a former run left: at no moment is a hook without a program.
+    /// Returns how many hooks had to be made; `None`: there is no such device (any more). Where a former run hooked in
+    /// the other way, a packet meets both programs for a moment, the second of which leaves it alone.
     ///
     /// # Errors
     /// If the kernel refuses; tcx came with 6.6.
-    pub fn hook(&self, device: u32) -> Result<Option<usize>, Error> {
+    pub fn hook(&self, device: u32, how: Hooks) -> Result<Option<usize>, Error> {
+        match how {
+            Hooks::Tcx => {
+                let made = self.link(device)?;
+                if made.is_some() && has_filters(self.pins()) {
+                    remove_filters(device)?;
+                }
+                Ok(made)
+            }
+            Hooks::Clsact => {
+                let made = self.filter(device)?;
+                if made.is_some() {
+                    remove_links(self.pins(), device)?;
+                }
+                Ok(made)
+            }
+        }
+    }
+
+    fn filter(&self, device: u32) -> Result<Option<usize>, Error> {
+        let marker = self.pins().filters();
+        fs::create_dir_all(&marker).map_err(Error::path("create", &marker))?;
+        let filters = open_filters()?;
         let mut made = 0;
-        for (name, direction) in HOOKS {
+        for (name, _, direction) in HOOKS {
+            let program = self.classifier(name)?;
+            let fd =
+                program.fd().map_err(|source| Error::Program { action: "use", program: name, source })?;
+            let failed = |source| Error::Link { action: "make", program: name, source };
+            made += usize::from(!filters.has(device, direction, name).map_err(failed)?);
+            match filters.put(device, direction, name, fd.as_fd()) {
+                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(None),
+                result => result.map_err(failed)?,
+            }
+        }
+        Ok(Some(made))
+    }
+
+    fn link(&self, device: u32) -> Result<Option<usize>, Error> {
+        let mut made = 0;
+        for (name, direction, _) in HOOKS {
             let pin = pin(self.pins(), name, device);
             let program = self.classifier(name)?;
             let fd =
@@ -53,20 +123,79 @@ impl Loaded {
     }
 }
 
-/// Takes both hooks off a device, wherever it is by now; one that has none is as good as unhooked.
-///
-/// # Errors
-/// If a pin cannot be removed.
-pub fn unhook(pins: &Pins, device: u32) -> Result<(), Error> {
-    // The way in first.
-    HOOKS.iter().rev().try_for_each(|(name, _)| remove(&pin(pins, name, device), name))
+fn open_filters() -> Result<Filters, Error> {
+    Filters::open().map_err(Error::path("open", "the filters of devices (rtnetlink)"))
 }
 
-/// Indices with a pin, and whether both hooks are on a device that has this index still.
+/// Whether there may be filters: whoever makes one leaves a sign of it first.
+fn has_filters(pins: &Pins) -> bool {
+    pins.filters().exists()
+}
+
+/// Takes both hooks off a device, of either kind; one that has none is as good as unhooked.
 ///
 /// # Errors
-/// If the pins cannot be read.
+/// If a pin or a filter cannot be removed.
+pub fn unhook(pins: &Pins, device: u32) -> Result<(), Error> {
+    if has_filters(pins) {
+        remove_filters(device)?;
+    }
+    remove_links(pins, device)
+}
+
+/// As [`unhook`], of every device, before the pins are removed.
+///
+/// # Errors
+/// If a filter cannot be removed.
+pub(super) fn remove_all_filters(pins: &Pins) -> Result<(), Error> {
+    if !has_filters(pins) {
+        return Ok(());
+    }
+    devices()?.into_iter().try_for_each(remove_filters)
+}
+
+fn remove_filters(device: u32) -> Result<(), Error> {
+    let filters = open_filters()?;
+    HOOKS.iter().rev().try_for_each(|(name, _, direction)| {
+        let failed = |source| Error::Link { action: "remove", program: name, source };
+        filters.remove(device, *direction).map_err(failed)
+    })
+}
+
+/// The way in first.
+fn remove_links(pins: &Pins, device: u32) -> Result<(), Error> {
+    HOOKS.iter().rev().try_for_each(|(name, ..)| remove(&pin(pins, name, device), name))
+}
+
+/// Indices of all devices.
+fn devices() -> Result<Vec<u32>, Error> {
+    let list = if_nameindex().map_err(|error| Error::path("list", "the network devices")(error.into()))?;
+    Ok(list.iter().map(|device| device.index()).collect())
+}
+
+/// Indices with a pin or a filter of ours, and whether both hooks are on a device that has this index still.
+///
+/// # Errors
+/// If they cannot be read.
 pub fn hooked(pins: &Pins) -> Result<BTreeMap<u32, bool>, Error> {
+    let mut hooked = linked(pins)?;
+    if has_filters(pins) {
+        let filters = open_filters()?;
+        for device in devices()? {
+            let mut found = 0;
+            for (name, _, direction) in HOOKS {
+                let failed = |source| Error::Link { action: "inspect", program: name, source };
+                found += usize::from(filters.has(device, direction, name).map_err(failed)?);
+            }
+            if found > 0 {
+                *hooked.entry(device).or_default() |= found == HOOKS.len();
+            }
+        }
+    }
+    Ok(hooked)
+}
+
+fn linked(pins: &Pins) -> Result<BTreeMap<u32, bool>, Error> {
     let mut devices: BTreeMap<u32, usize> = BTreeMap::new();
     let directory = pins.links();
     let entries = match fs::read_dir(&directory) {
@@ -89,7 +218,7 @@ pub fn hooked(pins: &Pins) -> Result<BTreeMap<u32, bool>, Error> {
 
 fn parse(file: &str) -> Option<(&'static str, u32)> {
     let (name, device) = file.rsplit_once('-')?;
-    let (name, _) = HOOKS.iter().find(|(known, _)| *known == name)?;
+    let (name, ..) = HOOKS.iter().find(|(known, ..)| *known == name)?;
     Some((name, device.parse().ok()?))
 }
 

@@ -1,6 +1,7 @@
 //! The kernel side of the agent: loading, pinning, attaching, and the few system calls that aya does not offer.
 
 pub mod devices;
+pub mod filters;
 pub mod mapping;
 pub mod pins;
 pub mod programs;

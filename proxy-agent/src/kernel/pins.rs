@@ -18,7 +18,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::statfs;
 use proxy_common::abi::LAYOUT_VERSION;
 
-use super::{Error, sys};
+use super::{Error, devices, sys};
 
 /// statfs(2): BPF_FS_MAGIC.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
@@ -95,6 +95,11 @@ impl Pins {
     /// Links.
     pub fn links(&self) -> PathBuf {
         self.root().join("links")
+    }
+
+    /// A directory that is there once classic filters may be on devices: they have no pins.
+    pub fn filters(&self) -> PathBuf {
+        self.root().join("filters")
     }
 
     /// Maps that the agent writes, of one generation.
@@ -181,6 +186,7 @@ impl Pins {
     /// If something cannot be removed.
     pub fn remove_all(&self, _claim: Claim) -> Result<(), Error> {
         let root = self.root();
+        devices::remove_all_filters(self)?;
         for link in fs::read_dir(self.links()).into_iter().flatten().flatten() {
             // The removal below detaches too, only later; before 5.9 it is the only way.
             let _ = sys::object_get(&link.path()).and_then(|link| sys::link_detach(link.as_fd()));

@@ -28,9 +28,10 @@ use self::counted::Counted;
 use self::flows::{Flows, Owners, Report, Upkeep};
 use self::roles::{Place, Role};
 use self::settings::SnatPorts;
+use crate::kernel::devices::{self, Hooks};
 use crate::kernel::mapping::Mapping;
 use crate::kernel::table::{Table, io_error};
-use crate::kernel::{self, Loaded, Pins, devices, programs::open_pinned};
+use crate::kernel::{self, Loaded, Pins, programs::open_pinned};
 use crate::model::Model;
 use crate::object::{Family, ObjectKey};
 use crate::served::Served;
@@ -49,6 +50,8 @@ pub struct Options {
     pub sweep_every: Duration,
     /// Whether kube-proxy's rules go.
     pub take_over: bool,
+    /// How programs are put on devices.
+    pub hooks: Hooks,
 }
 
 /// See the module.
@@ -319,7 +322,7 @@ impl PacketPath {
                 continue;
             }
             self.pinned.insert(*index);
-            let failure = match loaded.hook(*index) {
+            let failure = match loaded.hook(*index, self.options.hooks) {
                 Ok(Some(made)) => {
                     if self.places.get(index).is_some_and(|place| place.role == Role::Loopback) {
                         accept_own_source();
@@ -408,7 +411,7 @@ impl PacketPath {
     /// The first device that could not be switched.
     pub fn switch(&mut self, loaded: &Loaded) -> Result<(), kernel::Error> {
         for index in self.hooked.clone() {
-            if loaded.hook(index)?.is_none() {
+            if loaded.hook(index, self.options.hooks)?.is_none() {
                 self.hooked.remove(&index);
             }
         }
@@ -468,6 +471,11 @@ impl PacketPath {
     /// What could not be done, by what it is about.
     pub const fn failed(&self) -> &BTreeMap<String, String> {
         &self.failed
+    }
+
+    /// How programs are put on devices.
+    pub const fn hooks(&self) -> Hooks {
+        self.options.hooks
     }
 
     /// Every device with its role.
