@@ -1,5 +1,6 @@
 //! Netlink: what the kernel has, in dumps, and requests to change it.
 
+use std::cell::Cell;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -36,7 +37,11 @@ pub struct Message {
 
 /// A socket of one family in the network namespace of the thread that opened it.
 #[derive(Debug)]
-pub struct Netlink(OwnedFd);
+pub struct Netlink {
+    fd: OwnedFd,
+    /// The next message's. What is still said about an earlier one, that was given up, is not taken for an answer.
+    sequence: Cell<u32>,
+}
 
 impl Netlink {
     /// # Errors
@@ -45,7 +50,7 @@ impl Netlink {
         let fd = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, family)?;
         bind(fd.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
         setsockopt(&fd, sockopt::ReceiveTimeout, &TimeVal::new(PATIENCE_S, 0))?;
-        Ok(Self(fd))
+        Ok(Self { fd, sequence: Cell::new(1) })
     }
 
     /// What `parse` makes of the payloads of a dump's answers.
@@ -74,11 +79,14 @@ impl Netlink {
         parse: impl Fn(&[u8]) -> Option<T>,
     ) -> io::Result<(Vec<T>, bool)> {
         let request = Message { kind, flags: libc::NLM_F_DUMP, payload: payload.to_vec() };
-        self.send(&[request])?;
+        let sequence = self.send(&[request])?;
         let (mut found, mut consistent, mut done) = (Vec::new(), true, false);
         let mut buffer = vec![0; BUFFER];
         while !done {
             self.receive(&mut buffer, |message| {
+                if message.sequence_number() != sequence {
+                    return Ok(());
+                }
                 consistent &= i32::from(message.flags()) & libc::NLM_F_DUMP_INTR == 0;
                 match i32::from(message.message_type()) {
                     libc::NLMSG_DONE => done = true,
@@ -97,30 +105,36 @@ impl Netlink {
     /// # Errors
     /// If the kernel refuses them as such, or does not answer.
     pub fn ask(&self, messages: &[Message]) -> io::Result<Vec<io::Result<()>>> {
-        self.send(messages)?;
+        let first = self.send(messages)?;
         let asked = |message: &Message| message.flags & libc::NLM_F_ACK != 0;
         let mut answers: Vec<Option<io::Result<()>>> = messages.iter().map(|_| None).collect();
         let mut buffer = vec![0; BUFFER];
         while messages.iter().zip(&answers).any(|(message, answer)| asked(message) && answer.is_none()) {
             self.receive(&mut buffer, |message| {
+                let number = message.sequence_number().wrapping_sub(first);
+                let number = usize::try_from(number).map_err(io::Error::other)?;
+                let (Some(request), Some(place)) = (messages.get(number), answers.get_mut(number)) else {
+                    return Ok(());
+                };
                 if i32::from(message.message_type()) != libc::NLMSG_ERROR {
                     return Ok(());
                 }
                 let answer = error(message.payload());
-                let number = usize::try_from(message.sequence_number()).map_err(io::Error::other)?;
-                match messages.get(number).filter(|message| asked(message)).and(answers.get_mut(number)) {
-                    Some(place) => *place = Some(answer),
-                    None => answer?,
+                if asked(request) {
+                    *place = Some(answer);
+                    return Ok(());
                 }
-                Ok(())
+                answer
             })?;
         }
         Ok(answers.into_iter().flatten().collect())
     }
 
-    fn send(&self, messages: &[Message]) -> io::Result<()> {
+    /// Returns the first one's sequence number; the others' follow.
+    fn send(&self, messages: &[Message]) -> io::Result<u32> {
+        let first = self.sequence.get();
         let mut bytes = Vec::new();
-        for (number, message) in messages.iter().enumerate() {
+        for message in messages {
             let length = HEADER + message.payload.len();
             let mut one = vec![0; length.next_multiple_of(4)];
             let flags = u16::try_from(libc::NLM_F_REQUEST | message.flags).map_err(io::Error::other)?;
@@ -128,12 +142,13 @@ impl Netlink {
             header.set_length(u32::try_from(length).map_err(io::Error::other)?);
             header.set_message_type(message.kind);
             header.set_flags(flags);
-            header.set_sequence_number(u32::try_from(number).map_err(io::Error::other)?);
+            header.set_sequence_number(self.sequence.get());
+            self.sequence.set(self.sequence.get().wrapping_add(1));
             header.payload_mut().copy_from_slice(&message.payload);
             bytes.extend(one);
         }
-        send(self.0.as_raw_fd(), &bytes, MsgFlags::empty())?;
-        Ok(())
+        send(self.fd.as_raw_fd(), &bytes, MsgFlags::empty())?;
+        Ok(first)
     }
 
     fn receive<'a>(
@@ -142,7 +157,7 @@ impl Netlink {
         mut take: impl FnMut(&NetlinkBuffer<&'a [u8]>) -> io::Result<()>,
     ) -> io::Result<()> {
         let received = loop {
-            match recv(self.0.as_raw_fd(), buffer, MsgFlags::empty()) {
+            match recv(self.fd.as_raw_fd(), buffer, MsgFlags::empty()) {
                 Err(Errno::EINTR) => {}
                 received => break received?,
             }

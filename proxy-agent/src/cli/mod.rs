@@ -152,15 +152,16 @@ impl CleanupArgs {
                 result => result.context("clean up")?,
             };
             handed = hand_back(&pins).context("hand connections to kube-proxy")?;
-            pins.remove_all(claim).context("clean up")?;
+            // What is pinned goes last: if this ends halfway, the next one goes on.
             keep_nat(false).context("clean up")?;
+            pins.remove_all(claim).context("clean up")?;
         }
         block_on(control::remove_abandoned(&self.control.control_socket))?.context("clean up")?;
         let text = if was_there { "removed: programs detached, tables gone" } else { "nothing to remove" };
         writeln!(io::stdout(), "{text}: {}", pins.root().display())?;
         let Handed { over, lost } = handed;
         if over + lost > 0 {
-            let text = "connections that go on with kube-proxy: ";
+            let text = "connections handed to netfilter, for kube-proxy: ";
             writeln!(io::stdout(), "{text}{over}; that could not be handed over: {lost}")?;
         }
         Ok(ExitCode::SUCCESS)

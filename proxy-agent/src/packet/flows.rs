@@ -111,13 +111,13 @@ pub type Owners = BTreeMap<(Address, Port), ServiceId>;
 pub struct Report {
     /// Which places of `VIPS` connections have, a bit each.
     vip_places: Vec<u64>,
-    /// Whether the node's own processes have connections by packets that netfilter's NAT is to have.
-    pub own_node: bool,
+    /// Whether there are connections that netfilter's NAT is to have at once.
+    pub to_hand_over: bool,
 }
 
 impl Report {
     fn note(&mut self, key: &FlowKey, flow: &Flow) {
-        self.own_node |= flow.flags & Flow::OWN_NODE != 0 && hand_back::is_due(key, flow);
+        self.to_hand_over |= hand_back::goes_at_once(key, flow);
         let vip = &flow.vip;
         self.vip_places.resize(VIP_PLACES / 64, 0);
         let place = vip_place(vip);

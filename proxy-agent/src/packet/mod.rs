@@ -149,8 +149,7 @@ impl PacketPath {
             upkeep: upkeep
                 .map_err(kernel::Error::path("start the thread for", pins.state().join("FLOWS")))?,
             reports,
-            // If that cannot be told, there may be one.
-            leave_new: fresh && !Rules::find().is_ok_and(|rules| rules.is_empty()),
+            leave_new: fresh && Rules::may_exist(),
             fresh,
             takeover_due: true,
             watch: None,
@@ -196,10 +195,10 @@ impl PacketPath {
                 tracing::warn!(error = &error as &dyn std::error::Error, "hooks cannot be looked after")
             }
         }
-        if report.own_node
+        if report.to_hand_over
             && let Some(watch) = &self.watch
         {
-            watch.hand_over_own();
+            watch.hand_over_due();
         }
         self.filters.clear_unused(report)
     }
@@ -358,35 +357,31 @@ impl PacketPath {
         if !std::mem::take(&mut self.takeover_due) {
             return 0;
         }
-        let seed = |mut foreign: Foreign| -> Result<Foreign, kernel::Error> {
-            let seeded = foreign.seed(known).map_err(kernel::Error::path("read", "connection tracking"))?;
-            if seeded > 0 {
+        let warn = |error: &(dyn std::error::Error + 'static)| {
+            tracing::warn!(error, "connections that another proxy made, if any, are not looked after");
+        };
+        let mut foreign =
+            Foreign::open(&self.pins, self.options.snat_ports).inspect_err(|error| warn(error)).ok();
+        let mut seed = || match foreign.as_mut().map(|foreign| foreign.seed(known)) {
+            Some(Ok(seeded)) if seeded > 0 => {
                 tracing::info!(datagram_flows = seeded, "another proxy's connections are left alone");
             }
-            Ok(foreign)
+            Some(Err(error)) => warn(&error),
+            Some(Ok(_)) | None => {}
         };
-        let mut foreign = Foreign::open(&self.pins, self.options.snat_ports);
         if self.leave_new {
-            foreign = foreign.and_then(seed);
+            seed();
         }
         // Whatever came of it: what begins is nobody's before.
         self.leave_new = false;
         let writes = self.write_settings(model);
         if self.fresh {
             // What began meanwhile; and what was there, if nobody is left to make more.
-            foreign = foreign.and_then(seed);
+            seed();
         }
-        let every = self.options.sweep_every;
-        let watch = foreign.and_then(|foreign| {
-            let watch = Watch::start(foreign, self.options.take_over, every);
-            watch.map_err(kernel::Error::path("start the thread for", "connection tracking"))
-        });
-        match watch {
-            Ok(watch) => self.watch = Some(watch),
-            Err(error) => tracing::warn!(
-                error = &error as &dyn std::error::Error,
-                "connections that another proxy made are not looked after"
-            ),
+        if let Some(foreign) = foreign {
+            let watch = Watch::start(foreign, self.options.take_over, self.options.sweep_every);
+            self.watch = watch.inspect_err(|error| warn(error)).ok();
         }
         writes
     }

@@ -176,7 +176,14 @@ impl Conntrack {
     pub fn translated(&self) -> io::Result<Vec<Translated>> {
         let status = DST_NAT.to_be_bytes();
         let wanted = Attributes::default().with(STATUS, &status).with(STATUS_MASK, &status);
-        self.0.dump(GET, &wanted.after(&nfgenmsg(libc::AF_UNSPEC)), Translated::parse)
+        let found = self.0.dump(GET, &wanted.after(&nfgenmsg(libc::AF_UNSPEC)), Translated::parse);
+        found.map_err(|error| match error.raw_os_error() {
+            Some(libc::EINVAL) => io::Error::new(
+                io::ErrorKind::Unsupported,
+                "the kernel does not tell its connections: its module nf_conntrack_netlink is missing",
+            ),
+            _ => error,
+        })
     }
 
     /// Forgets a connection; one that is not there is as good as forgotten.
@@ -280,6 +287,7 @@ fn port(bytes: &[u8]) -> Option<u16> {
 mod tests {
     use super::*;
     use crate::netlink::in_own_namespace;
+    use proptest::prelude::*;
 
     fn tuple(protocol: Protocol, source: &str, destination: &str) -> Tuple {
         let at = |text: &str| text.parse().unwrap();
@@ -335,21 +343,65 @@ mod tests {
         });
     }
 
+    fn message(connection: &Translated, status: u32) -> Vec<u8> {
+        Attributes::default()
+            .nest(TUPLE_ORIG, connection.original.attributes())
+            .nest(TUPLE_REPLY, connection.reply.attributes())
+            .with(STATUS, &status.to_be_bytes())
+            .after(&nfgenmsg(libc::AF_INET))
+    }
+
     #[test]
     fn a_message_that_is_cut_short_is_no_connection() {
         let connection = Translated {
             original: tuple(Protocol::Udp, "192.0.2.9:4000", "10.96.0.1:53"),
             reply: tuple(Protocol::Udp, "10.244.1.5:53", "192.0.2.9:4000"),
         };
-        let status = DST_NAT.to_be_bytes();
-        let message = Attributes::default()
-            .nest(TUPLE_ORIG, connection.original.attributes())
-            .nest(TUPLE_REPLY, connection.reply.attributes())
-            .with(STATUS, &status)
-            .after(&nfgenmsg(libc::AF_INET));
+        let message = message(&connection, DST_NAT);
         assert_eq!(Translated::parse(&message), Some(connection));
         for length in 0..message.len() {
             assert_eq!(Translated::parse(&message[..length]), None, "{length}");
+        }
+    }
+
+    fn any_tuple() -> impl Strategy<Value = Tuple> {
+        let v4 = any::<[(std::net::Ipv4Addr, u16); 2]>()
+            .prop_map(|ends| ends.map(|(ip, port)| SocketAddr::new(ip.into(), port)));
+        let v6 = any::<[(std::net::Ipv6Addr, u16); 2]>()
+            .prop_map(|ends| ends.map(|(ip, port)| SocketAddr::new(ip.into(), port)));
+        let ends = prop_oneof![v4, v6];
+        (any::<u8>(), ends).prop_map(|(protocol, [source, destination])| Tuple {
+            protocol,
+            source,
+            destination,
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read((original, reply) in (any_tuple(), any_tuple()), status: u32) {
+            let connection = Translated { original, reply };
+            let wanted = (status & DST_NAT != 0).then_some(connection);
+            prop_assert_eq!(Translated::parse(&message(&connection, status)), wanted);
+        }
+
+        #[test]
+        fn no_bytes_stop_the_reader(bytes: Vec<u8>) {
+            let _ = Translated::parse(&bytes);
+        }
+
+        /// Bytes that look like a message as far as one can get.
+        #[test]
+        fn no_damage_stops_the_reader(
+            (original, reply) in (any_tuple(), any_tuple()),
+            damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+        ) {
+            let mut bytes = message(&Translated { original, reply }, DST_NAT);
+            for (at, byte) in damage {
+                let at = at.index(bytes.len());
+                bytes[at] = byte;
+            }
+            let _ = Translated::parse(&bytes);
         }
     }
 }

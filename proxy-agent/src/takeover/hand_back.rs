@@ -29,7 +29,7 @@ pub struct Handed {
     pub lost: usize,
 }
 
-/// Hands all connections over, if there is a kube-proxy that new ones are left to. No agent may run. The programs serve
+/// Hands all connections over, if there may be a kube-proxy that new ones are left to. No agent may run. The programs serve
 /// nobody new after that.
 ///
 /// # Errors
@@ -39,14 +39,7 @@ pub fn hand_back(pins: &Pins) -> Result<Handed, kernel::Error> {
     if !pins.state().join("FLOWS").exists() {
         return Ok(handed);
     }
-    let rules = Rules::find().unwrap_or_else(|error| {
-        tracing::error!(
-            error = &error as &dyn std::error::Error,
-            "whether a kube-proxy is there cannot be told"
-        );
-        Rules::default()
-    });
-    if rules.is_empty() {
+    if !Rules::may_exist() {
         let live = |(_, flow): &(FlowKey, Flow)| !flow.is_over();
         handed.lost = entries(&Flows::open(pins)?, pins)?.into_iter().filter(live).count();
         return Ok(handed);
@@ -110,6 +103,13 @@ pub fn is_due(key: &FlowKey, flow: &Flow) -> bool {
     begun && !unsent && !flow.is_foreign() && !flow.is_over()
 }
 
+/// Whether one that is due does not wait for the end: netfilter sees those of the node's own processes with the VIP, so a
+/// kube-proxy that comes back would take them for its own and send them elsewhere (C2); and what a cleanup that ended
+/// halfway holds would never be let go.
+pub fn goes_at_once(key: &FlowKey, flow: &Flow) -> bool {
+    flow.flags & (Flow::OWN_NODE | Flow::HELD) != 0 && is_due(key, flow)
+}
+
 /// Hands over one connection. `false`: it is not due (any more).
 ///
 /// # Errors
@@ -157,5 +157,11 @@ mod tests {
         assert!(!due(Protocol::Udp, Flow::NEEDS_SNAT, 0) && due(Protocol::Udp, Flow::NEEDS_SNAT, 9));
         assert!(due(Protocol::Udp, Flow::NEEDS_SNAT | Flow::OWN_NODE, 0));
         assert!(due(Protocol::Tcp, Flow::NEEDS_SNAT | Flow::ANSWERED, 0));
+        let at_once = |flags| {
+            let key = FlowKey::new(Address::default(), Port::new(1), Protocol::Udp.number());
+            goes_at_once(&key, &Flow { flags, ..Flow::default() })
+        };
+        assert!(at_once(Flow::OWN_NODE) && at_once(Flow::HELD) && !at_once(Flow::ANSWERED));
+        assert!(!at_once(Flow::OWN_NODE | Flow::FOREIGN));
     }
 }

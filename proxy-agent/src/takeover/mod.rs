@@ -201,12 +201,10 @@ impl Foreign {
         over.map(|(key, _)| key).try_for_each(|key| self.flows.snat.remove(key))
     }
 
-    /// Gives netfilter's NAT the connections of the node's own processes: netfilter sees those with the VIP, so a
-    /// kube-proxy that comes back would take them for its own and send them elsewhere (C2).
-    fn hand_over_own(&mut self) -> io::Result<()> {
+    /// Gives netfilter's NAT the connections that are to go at once.
+    fn hand_over_due(&mut self) -> io::Result<()> {
         for (key, flow) in self.flows.entries()? {
-            if flow.flags & Flow::OWN_NODE != 0
-                && hand_back::is_due(&key, &flow)
+            if hand_back::goes_at_once(&key, &flow)
                 && let Err(error) = hand_back::hand_over(&mut self.flows, &self.conntrack, &key)
             {
                 tracing::debug!(client = ?key, error = &error as &dyn std::error::Error, "not handed over");
@@ -230,8 +228,8 @@ impl Foreign {
 
 /// What the thread is told.
 enum Order {
-    /// Processes of the node have connections by packets.
-    OwnNode,
+    /// There are connections that netfilter's NAT is to have at once.
+    HandOver,
     /// These may serve otherwise than before.
     Served(Served),
 }
@@ -269,10 +267,10 @@ impl Watch {
         self.owned.load(Ordering::Relaxed) > 0
     }
 
-    /// Processes of the node have connections by packets: netfilter's NAT gets them.
-    pub fn hand_over_own(&self) {
+    /// Netfilter's NAT gets the connections that it is to have at once.
+    pub fn hand_over_due(&self) {
         // The thread lives as long as this.
-        let _ = self.orders.send(Order::OwnNode);
+        let _ = self.orders.send(Order::HandOver);
     }
 
     /// C2: datagrams leave endpoints that are not among these.
@@ -307,15 +305,15 @@ impl Keeper {
             match orders.recv_timeout(next.saturating_duration_since(Instant::now())) {
                 Ok(order) => {
                     // One walk for all that wait (C6).
-                    let (mut served, mut own_node) = (Served::new(), false);
+                    let (mut served, mut hand_over) = (Served::new(), false);
                     for order in [order].into_iter().chain(orders.try_iter()) {
                         match order {
-                            Order::OwnNode => own_node = true,
+                            Order::HandOver => hand_over = true,
                             Order::Served(more) => served.extend(more),
                         }
                     }
-                    if own_node {
-                        self.hand_over_own();
+                    if hand_over {
+                        self.hand_over_due();
                     }
                     if !served.is_empty() {
                         let purged = self.foreign.purge(&served);
@@ -349,8 +347,12 @@ impl Keeper {
             }
         }
         self.keep(self.owned.load(Ordering::Relaxed) > 0 || !self.rules.is_empty());
-        if self.take_over && !self.rules.is_empty() && self.kept == Some(true) {
-            self.remove_rules();
+        if self.take_over {
+            let all = self.rules.are_all();
+            self.tell("unseen", "--take-over: if kube-proxy has rules in iptables, they stay", all);
+            if !self.rules.is_empty() && self.kept == Some(true) {
+                self.remove_rules();
+            }
         }
     }
 
@@ -364,17 +366,18 @@ impl Keeper {
     }
 
     fn keep(&mut self, keep: bool) {
-        if self.kept != Some(keep) {
+        // A firewall that is loaded anew takes the table with it.
+        if keep || self.kept != Some(false) {
             let kept = rules::keep_nat(keep);
             let what = "NAT is not kept in work: with kube-proxy's rules its connections would go";
             self.kept = self.tell("nat", what, kept).map(|()| keep);
         }
     }
 
-    fn hand_over_own(&mut self) {
+    fn hand_over_due(&mut self) {
         self.keep(true);
         if self.kept == Some(true) {
-            let handed = self.foreign.hand_over_own();
+            let handed = self.foreign.hand_over_due();
             self.tell("own", "connections of the node's own processes stay with the packet path", handed);
             self.tend();
         }

@@ -4,6 +4,7 @@
 //! Tables of nftables are read and written by netlink. iptables has no interface but its commands; without those its
 //! rules can neither be seen nor removed.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -30,7 +31,10 @@ pub enum Error {
         said: String,
     },
     /// Nothing can tell.
-    #[error("iptables is in use, but no `iptables-save` is on PATH: install iptables where sheave runs")]
+    #[error(
+        "iptables is in use, but its command of that kind is not on PATH: install `iptables-legacy-save` or \
+         `iptables-nft-save` where sheave runs, or run `kube-proxy --cleanup`"
+    )]
     NoIptables,
 }
 
@@ -42,6 +46,7 @@ const KEEP_NAT: &str = "sheave-keep-nat";
 /// linux/netfilter.h: `NFPROTO_*`.
 const INET: u8 = 1;
 const IPV4: u8 = 2;
+const IPV6: u8 = 10;
 
 /// linux/netfilter/nf_tables.h: `NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_*`.
 const SUBSYSTEM: u8 = 10;
@@ -49,6 +54,7 @@ const NEW_TABLE: u16 = 0xa00;
 const GET_TABLE: u16 = 0xa01;
 const DEL_TABLE: u16 = 0xa02;
 const NEW_CHAIN: u16 = 0xa03;
+const GET_CHAIN: u16 = 0xa04;
 const NEW_RULE: u16 = 0xa06;
 /// `NFNL_MSG_BATCH_*`.
 const BATCH_BEGIN: u16 = 0x10;
@@ -77,21 +83,27 @@ const SOURCE_NAT: u32 = 100;
 const REGISTER: u32 = 1;
 const CT_STATE: u32 = 0;
 
-/// Chains of kube-proxy, and what the names of its other ones begin with. Others with `KUBE-` are the kubelet's.
-const CHAINS: [&str; 8] = [
+/// Chains that iptables has by itself.
+const BUILT_IN: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
+/// Chains of kube-proxy that it jumps to from those.
+const ENTRIES: [&str; 6] = [
     "KUBE-SERVICES",
     "KUBE-EXTERNAL-SERVICES",
     "KUBE-NODEPORTS",
     "KUBE-POSTROUTING",
-    "KUBE-MARK-MASQ",
     "KUBE-FORWARD",
     "KUBE-PROXY-FIREWALL",
-    "KUBE-PROXY-CANARY",
 ];
+/// What it marks packets with, for [`POSTROUTING_CHAIN`]. Plugins for host ports may use both.
+const MARK: &str = "KUBE-MARK-MASQ";
+const POSTROUTING_CHAIN: &str = "KUBE-POSTROUTING";
+const CANARY: &str = "KUBE-PROXY-CANARY";
+/// What the names of its other chains begin with. Others with `KUBE-` are the kubelet's.
 const PREFIXES: [&str; 5] = ["KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-SEP-", "KUBE-FW-"];
 
 /// The iptables commands of each kind and family, and those of who has one kind only.
-const KINDS: [&str; 4] = ["iptables-legacy", "ip6tables-legacy", "iptables-nft", "ip6tables-nft"];
+const LEGACY: [&str; 2] = ["iptables-legacy", "ip6tables-legacy"];
+const NFT: [&str; 2] = ["iptables-nft", "ip6tables-nft"];
 const ONE_KIND: [&str; 2] = ["iptables", "ip6tables"];
 
 /// Where a kube-proxy says how it works, unless told otherwise (H11).
@@ -104,6 +116,8 @@ pub struct Rules {
     nftables: Vec<u8>,
     /// Commands, each with what its `-restore` is given to remove them.
     iptables: Vec<(&'static str, String)>,
+    /// Whether iptables is in use without a command that could tell by whom.
+    unseen: bool,
 }
 
 impl fmt::Display for Rules {
@@ -120,33 +134,43 @@ impl Rules {
     /// # Errors
     /// If that cannot be told.
     pub fn find() -> Result<Self, Error> {
+        let mut found = Self::default();
         let tables = tables()?;
-        let kube_proxys = tables.iter().filter(|(_, name)| name == KUBE_PROXY);
-        let mut nftables: Vec<u8> = kube_proxys.map(|(family, _)| *family).collect();
-        nftables.sort_unstable();
-        let mut iptables = Vec::new();
-        let mut commands = saved(&KINDS)?;
-        if commands.is_empty() {
-            commands = saved(&ONE_KIND)?;
+        let is_kube_proxys = |family: &u8| tables.contains(&(*family, KUBE_PROXY.to_owned()));
+        found.nftables.extend([IPV4, IPV6].into_iter().filter(is_kube_proxys));
+        let (legacy, nft) = (saved(&LEGACY)?, saved(&NFT)?);
+        let (sees_legacy, sees_nft) = (!legacy.is_empty(), !nft.is_empty());
+        let one_kind = if sees_legacy || sees_nft { Vec::new() } else { saved(&ONE_KIND)? };
+        // Who has one kind has the one that the node uses.
+        if one_kind.is_empty() {
+            found.unseen = !sees_legacy && has_legacy_tables() || !sees_nft && has_nft_chains()?;
         }
-        // Of either kind: the kernel's own tables, or those that it has in nftables.
-        let in_use = std::fs::read("/proc/net/ip_tables_names").is_ok_and(|names| !names.is_empty())
-            || tables.iter().any(|(family, name)| *family == IPV4 && name == "nat");
-        if commands.is_empty() && in_use {
-            return Err(Error::NoIptables);
+        for (command, saved) in [legacy, nft, one_kind].concat() {
+            found.iptables.extend(removal(&saved).map(|removal| (command, removal)));
         }
-        for (command, saved) in commands {
-            iptables.extend(removal(&saved).map(|removal| (command, removal)));
-        }
-        Ok(Self { nftables, iptables })
+        Ok(found)
     }
 
-    /// Whether there are none.
+    /// Whether none were found.
     pub const fn is_empty(&self) -> bool {
         self.nftables.is_empty() && self.iptables.is_empty()
     }
 
-    /// Removes them. Chains that iptables itself has stay, and with them netfilter's NAT.
+    /// Whether these are all.
+    ///
+    /// # Errors
+    /// If that cannot be told.
+    pub const fn are_all(&self) -> Result<(), Error> {
+        if self.unseen { Err(Error::NoIptables) } else { Ok(()) }
+    }
+
+    /// Whether there may be any: what cannot be told counts.
+    pub fn may_exist() -> bool {
+        !Self::find().is_ok_and(|found| found.is_empty() && found.are_all().is_ok())
+    }
+
+    /// Removes them. Chains that iptables itself has stay, and with them netfilter's NAT; so do those that somebody else
+    /// leads packets to.
     ///
     /// # Errors
     /// At the first that cannot be removed.
@@ -218,16 +242,43 @@ pub fn keep_nat(keep: bool) -> Result<(), Error> {
 
 /// Families and names of all tables.
 fn tables() -> Result<Vec<(u8, String)>, Error> {
-    let table = |message: &[u8]| {
-        let name = attributes(message.get(4..)?).find(|(kind, _)| *kind == TABLE_NAME)?.1;
-        Some((*message.first()?, String::from_utf8_lossy(name).trim_end_matches('\0').to_owned()))
-    };
-    let dump = || Netlink::open(netlink::Family::NetlinkNetFilter)?.dump(GET_TABLE, &[0; 4], table);
+    dump(GET_TABLE, |message| Some((*message.first()?, named(message, TABLE_NAME)?)))
+}
+
+/// Whether kube-proxy has chains of iptables of the kind that keeps its rules in nftables.
+fn has_nft_chains() -> Result<bool, Error> {
+    let chains =
+        dump(GET_CHAIN, |message| Some((named(message, CHAIN_TABLE)?, named(message, CHAIN_NAME)?)))?;
+    Ok(chains.iter().any(|(table, chain)| table != KUBE_PROXY && is_kube_proxys(chain)))
+}
+
+/// Whether the kernel's own tables of iptables are in use, by whomever.
+fn has_legacy_tables() -> bool {
+    ["/proc/net/ip_tables_names", "/proc/net/ip6_tables_names"]
+        .iter()
+        .any(|names| std::fs::read(names).is_ok_and(|names| !names.is_empty()))
+}
+
+fn dump<T>(kind: u16, parse: impl Fn(&[u8]) -> Option<T>) -> Result<Vec<T>, Error> {
+    let dump = || Netlink::open(netlink::Family::NetlinkNetFilter)?.dump(kind, &[0; 4], parse);
     match dump() {
-        // A kernel without nftables.
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => Ok(Vec::new()),
+        // A kernel without nftables, or without netfilter.
+        Err(error)
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::EINVAL | libc::EOPNOTSUPP | libc::EPROTONOSUPPORT)
+            ) =>
+        {
+            Ok(Vec::new())
+        }
         result => result.map_err(|error| Error::Nftables("list tables", error)),
     }
+}
+
+/// A string after a `struct nfgenmsg`.
+fn named(message: &[u8], wanted: u16) -> Option<String> {
+    let name = attributes(message.get(4..)?).find(|(kind, _)| *kind == wanted)?.1;
+    Some(String::from_utf8_lossy(name).trim_end_matches('\0').to_owned())
 }
 
 fn text(text: &str) -> Vec<u8> {
@@ -285,33 +336,78 @@ fn failed(command: String, said: &[u8]) -> Error {
 }
 
 fn is_kube_proxys(chain: &str) -> bool {
-    CHAINS.contains(&chain) || PREFIXES.iter().any(|prefix| chain.starts_with(prefix))
+    ENTRIES.contains(&chain)
+        || [MARK, CANARY].contains(&chain)
+        || PREFIXES.iter().any(|prefix| chain.starts_with(prefix))
 }
 
-/// Of what `iptables-save` says: what to give to `iptables-restore --noflush` so that kube-proxy's chains go, and the
-/// jumps to them. `None`: there are none.
+/// Of what `iptables-save` says: what to give to `iptables-restore --noflush` so that kube-proxy's chains go. `None`:
+/// there are none.
 fn removal(saved: &str) -> Option<String> {
-    let (mut removal, mut chains, mut jumps) = (String::new(), Vec::new(), Vec::new());
+    let (mut removal, mut table) = (String::new(), Table::default());
     for line in saved.lines() {
         if line.starts_with('*') {
-            removal.push_str(&format!("{line}\n"));
-        } else if let Some(declared) = line.strip_prefix(':') {
-            chains.extend(declared.split(' ').next().filter(|chain| is_kube_proxys(chain)));
+            table = Table { name: line, ..Table::default() };
+        } else if let Some(chain) = line.strip_prefix(':') {
+            table.chains.extend(chain.split(' ').next());
         } else if let Some(rule) = line.strip_prefix("-A ") {
             let from = rule.split(' ').next().unwrap_or_default();
-            let target = rule.rsplit_once(" -j ").map_or("", |(_, target)| target);
-            if !is_kube_proxys(from) && is_kube_proxys(target) {
-                jumps.push(rule);
-            }
+            let to = [" -j ", " -g "].iter().find_map(|jump| rule.rsplit_once(jump));
+            let to = to.and_then(|(_, target)| target.split(' ').next()).unwrap_or_default();
+            table.rules.push((rule, from, to));
         } else if line == "COMMIT" {
-            // Declared, a chain is emptied: then they can be deleted in any order.
-            chains.iter().for_each(|chain| removal.push_str(&format!(":{chain} - [0:0]\n")));
-            jumps.drain(..).for_each(|rule| removal.push_str(&format!("-D {rule}\n")));
-            chains.drain(..).for_each(|chain| removal.push_str(&format!("-X {chain}\n")));
-            removal.push_str("COMMIT\n");
+            removal.push_str(&table.removal());
         }
     }
-    removal.contains("-X ").then_some(removal)
+    (!removal.is_empty()).then_some(removal)
+}
+
+/// A table of iptables.
+#[derive(Default)]
+struct Table<'a> {
+    name: &'a str,
+    chains: Vec<&'a str>,
+    /// Rules, each with the chain that it is in and where it leads.
+    rules: Vec<(&'a str, &'a str, &'a str)>,
+}
+
+impl<'a> Table<'a> {
+    fn removal(&self) -> String {
+        let kept = self.kept();
+        let goes = |chain: &&str| is_kube_proxys(chain) && !kept.contains(chain);
+        let gone: Vec<&str> = self.chains.iter().copied().filter(goes).collect();
+        if gone.is_empty() {
+            return String::new();
+        }
+        let jumps = self.rules.iter().filter(|(_, from, to)| !is_kube_proxys(from) && gone.contains(to));
+        // Declared, a chain is emptied: then they can be deleted in any order.
+        let lines = std::iter::once(self.name.to_owned())
+            .chain(gone.iter().map(|chain| format!(":{chain} - [0:0]")))
+            .chain(jumps.map(|(rule, ..)| format!("-D {rule}")))
+            .chain(gone.iter().map(|chain| format!("-X {chain}")))
+            .chain(["COMMIT".to_owned()]);
+        lines.flat_map(|line| [line, "\n".to_owned()]).collect()
+    }
+
+    /// Chains of kube-proxy that others lead packets to, and what those need.
+    fn kept(&self) -> BTreeSet<&'a str> {
+        let is_kube_proxys_jump = |from, to| BUILT_IN.contains(&from) && ENTRIES.contains(&to);
+        let others = self.rules.iter().filter(|(_, from, to)| {
+            is_kube_proxys(to) && !is_kube_proxys(from) && !is_kube_proxys_jump(*from, *to)
+        });
+        let mut kept: BTreeSet<&str> = others.map(|(_, _, to)| *to).collect();
+        if kept.contains(MARK) {
+            kept.insert(POSTROUTING_CHAIN);
+        }
+        loop {
+            let led = self.rules.iter().filter(|(_, from, to)| kept.contains(from) && is_kube_proxys(to));
+            let more: Vec<&str> = led.map(|(_, _, to)| *to).filter(|to| !kept.contains(to)).collect();
+            if more.is_empty() {
+                return kept;
+            }
+            kept.extend(more);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -337,7 +433,7 @@ mod tests {
                     Attributes::default().with(TABLE_NAME, &text(KUBE_PROXY)),
                 )
             };
-            transaction([table(IPV4), table(10)]).unwrap();
+            transaction([table(IPV4), table(IPV6)]).unwrap();
             let rules = Rules::find().unwrap();
             assert_eq!(rules.to_string(), "nft ip, nft ip6");
             rules.remove().unwrap();
@@ -349,7 +445,7 @@ mod tests {
     }
 
     #[test]
-    fn only_kube_proxys_chains_and_the_jumps_to_them_go() {
+    fn only_kube_proxys_chains_and_its_jumps_to_them_go() {
         let saved = "# Generated\n\
             *mangle\n:PREROUTING ACCEPT [0:0]\n:KUBE-KUBELET-CANARY - [0:0]\n:KUBE-IPTABLES-HINT - [0:0]\nCOMMIT\n\
             *nat\n:PREROUTING ACCEPT [1:60]\n:KUBE-SERVICES - [0:0]\n:KUBE-SEP-X - [0:0]\n:CNI-A - [0:0]\n\
@@ -358,11 +454,35 @@ mod tests {
             -A KUBE-SERVICES -d 10.96.0.1/32 -p tcp -m tcp --dport 443 -j KUBE-SEP-X\n\
             -A KUBE-SEP-X -p tcp -j DNAT --to-destination 10.0.0.1:6443\nCOMMIT\n\
             *filter\n:INPUT ACCEPT [0:0]\n:KUBE-FIREWALL - [0:0]\n-A INPUT -j KUBE-FIREWALL\nCOMMIT\n";
-        let wanted = "*mangle\nCOMMIT\n*nat\n:KUBE-SERVICES - [0:0]\n:KUBE-SEP-X - [0:0]\n\
+        let wanted = "*nat\n:KUBE-SERVICES - [0:0]\n:KUBE-SEP-X - [0:0]\n\
             -D PREROUTING -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES\n\
-            -X KUBE-SERVICES\n-X KUBE-SEP-X\nCOMMIT\n*filter\nCOMMIT\n";
+            -X KUBE-SERVICES\n-X KUBE-SEP-X\nCOMMIT\n";
         assert_eq!(removal(saved).as_deref(), Some(wanted));
         assert_eq!(removal("*nat\n:PREROUTING ACCEPT [0:0]\nCOMMIT\n"), None);
         assert_eq!(removal(""), None);
+    }
+
+    /// A plugin for host ports may have kube-proxy's chains mark what is to be masqueraded.
+    #[test]
+    fn chains_that_others_lead_to_stay() {
+        let saved = "*nat\n:PREROUTING ACCEPT [0:0]\n:KUBE-SERVICES - [0:0]\n:KUBE-SVC-X - [0:0]\n\
+            :KUBE-MARK-MASQ - [0:0]\n:KUBE-POSTROUTING - [0:0]\n:KUBE-PROXY-CANARY - [0:0]\n:CNI-HOSTPORT - [0:0]\n\
+            -A PREROUTING -j KUBE-SERVICES\n\
+            -A POSTROUTING -j KUBE-POSTROUTING\n\
+            -A CNI-HOSTPORT -s 10.244.0.0/16 -m comment --comment \"-j KUBE-SVC-X\" -j KUBE-MARK-MASQ\n\
+            -A KUBE-SERVICES -j KUBE-SVC-X\n-A KUBE-SVC-X -j KUBE-MARK-MASQ\n\
+            -A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000\n\
+            -A KUBE-POSTROUTING -j MASQUERADE --random-fully\nCOMMIT\n";
+        let wanted = "*nat\n:KUBE-SERVICES - [0:0]\n:KUBE-SVC-X - [0:0]\n:KUBE-PROXY-CANARY - [0:0]\n\
+            -D PREROUTING -j KUBE-SERVICES\n\
+            -X KUBE-SERVICES\n-X KUBE-SVC-X\n-X KUBE-PROXY-CANARY\nCOMMIT\n";
+        assert_eq!(removal(saved).as_deref(), Some(wanted));
+        // What is left afterwards is nothing to remove.
+        let left = "*nat\n:KUBE-MARK-MASQ - [0:0]\n:KUBE-POSTROUTING - [0:0]\n:CNI-HOSTPORT - [0:0]\n\
+            -A POSTROUTING -j KUBE-POSTROUTING\n-A CNI-HOSTPORT -j KUBE-MARK-MASQ\nCOMMIT\n";
+        assert_eq!(removal(left), None);
+        let whole = "*nat\n:KUBE-SERVICES - [0:0]\n:KUBE-SVC-X - [0:0]\n-A PREROUTING -j KUBE-SERVICES\n\
+            -A MINE -g KUBE-SERVICES\n-A KUBE-SERVICES -j KUBE-SVC-X\nCOMMIT\n";
+        assert_eq!(removal(whole), None);
     }
 }
