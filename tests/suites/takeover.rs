@@ -2,7 +2,8 @@
 //!
 //! A hundred TCP connections and twenty datagram flows are made under kube-proxy alone, as many under Sheave alone. They
 //! come from outside (NodePort, load balancer), from pods and from the node itself, with and without socket hooks, over
-//! both families, and talk all the time. The node's firewall drops what connection tracking finds invalid. Nothing but kube-proxy uses NAT.
+//! both families, and talk all the time. Nothing but kube-proxy uses NAT, and nothing but that uses connection tracking
+//! unless the node's firewall drops what tracking finds invalid.
 
 #![expect(
     clippy::unwrap_used,
@@ -14,18 +15,19 @@
 use std::{
     collections::BTreeSet,
     net::{IpAddr, SocketAddr},
-    path::Path,
+    path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
+use aya::maps::{Array, Map, MapData};
 use proxy_agent::{
     kernel::{Pins, table::Table},
     takeover::conntrack::Conntrack,
 };
-use proxy_common::abi::{FlowKey, SnatKey};
+use proxy_common::abi::{Flow, FlowKey, PacketSettings, Protocol, SnatKey};
 use serde_json::{Value, json};
 use sheave_tests::{
     agent::sheave,
@@ -137,15 +139,15 @@ struct Stage {
     world: World,
     _plane: ControlPlane,
     _lab: Lab,
-    kubeconfig: std::path::PathBuf,
+    kubeconfig: PathBuf,
     mode: Mode,
     began: Instant,
 }
 
 impl Stage {
-    fn new(mode: Mode) -> Self {
+    fn new(mode: Mode, guard: Guard) -> Self {
         let began = Instant::now();
-        let mut world = World::new(Layout { guard: Guard::DropInvalid, ..Layout::default() }).unwrap();
+        let mut world = World::new(Layout { guard, ..Layout::default() }).unwrap();
         world.serve().unwrap();
         world.set_proxied(0);
         let lab = Lab::with(Shape { nodes: 0, pods: 0 }).unwrap();
@@ -294,8 +296,7 @@ impl Stage {
             node.host().netns().run(|| Conntrack::open().unwrap().translated()).unwrap().unwrap();
         let given = translated.iter().filter(|connection| connection.is_masqueraded());
         let given = given.map(|connection| connection.reply.destination);
-        let state = Pins::new(node.directory().join("bpffs")).state();
-        let table: Table<SnatKey, FlowKey> = Table::open(&state, "SNAT").unwrap();
+        let table: Table<SnatKey, FlowKey> = Table::open(&self.state(), "SNAT").unwrap();
         let entries = table.entries().unwrap();
         let nobodys = entries.iter().filter(|(_, owner)| owner.is_nobody());
         let source = |key: &SnatKey| SocketAddr::new(key.snat.ip(), key.snat_port.number());
@@ -303,6 +304,27 @@ impl Stage {
             given.filter(|source| (10_000..30_000).contains(&source.port())).collect(),
             nobodys.map(|(key, _)| source(key)).collect(),
         )
+    }
+
+    fn state(&self) -> PathBuf {
+        Pins::new(self.world.node(0).unwrap().directory().join("bpffs")).state()
+    }
+
+    /// As if whoever lets flows change hands had ended in the midst of it: what begins is left to kube-proxy, and
+    /// connections of TCP are held.
+    fn cut_short(&self, holds: bool) {
+        let settings = MapData::from_pin(self.state().join("PACKET_SETTINGS")).unwrap();
+        let mut settings: Array<MapData, PacketSettings> =
+            Map::from_map_data(settings).unwrap().try_into().unwrap();
+        let mut value = settings.get(&0, 0).unwrap();
+        value.flags |= PacketSettings::LEAVE_NEW;
+        settings.set(0, value, 0).unwrap();
+        let mut table: Table<FlowKey, Flow> = Table::open(&self.state(), "FLOWS").unwrap();
+        let entries = table.entries().unwrap();
+        let held = entries.into_iter().filter(|(key, _)| holds && key.protocol == Protocol::Tcp.number());
+        for (key, flow) in held {
+            table.replace(&key, &Flow { flags: flow.flags | Flow::HELD, ..flow }).unwrap();
+        }
     }
 
     fn wait_logged(&self, words: &str) {
@@ -350,8 +372,8 @@ fn objects(world: &World, nodes: &[usize]) -> Vec<Object> {
     [web].into_iter().chain(both.concat()).collect()
 }
 
-fn there_and_back(mode: Mode) {
-    let mut stage = Stage::new(mode);
+fn there_and_back(mode: Mode, guard: Guard) {
+    let mut stage = Stage::new(mode, guard);
     let proxy = stage.start_kube_proxy();
     let old = stage.talks();
     stage.check("kube-proxy alone", &[&old]);
@@ -400,19 +422,66 @@ fn there_and_back(mode: Mode) {
 
 #[test]
 fn there_and_back_with_nftables() {
-    there_and_back(Mode::Nftables);
+    there_and_back(Mode::Nftables, Guard::DropInvalid);
 }
 
 #[test]
 fn there_and_back_with_iptables() {
-    there_and_back(Mode::Iptables);
+    there_and_back(Mode::Iptables, Guard::Open);
+}
+
+/// An agent and a cleanup that end in the midst of it: the next ones go on.
+#[test]
+fn what_was_cut_short_goes_on() {
+    let take_over = &["--take-over", "--flow-sweep-ms", "500"];
+    let mut stage = Stage::new(Mode::Nftables, Guard::DropInvalid);
+    let proxy = stage.start_kube_proxy();
+    let old = stage.talks();
+    stage.world.start_agent(0, take_over).unwrap();
+    stage.world.take_agent(0).unwrap().kill().unwrap();
+    stage.cut_short(false);
+    stage.check("an agent ended in the midst", &[&old]);
+    stage.world.start_agent(0, take_over).unwrap();
+    stage.are_ours();
+    drop(proxy);
+    stage.wait_logged("kube-proxy's rules are removed");
+    stage.check("the next one went on", &[&old]);
+
+    let new = stage.talks();
+    stage.world.take_agent(0).unwrap().kill().unwrap();
+    stage.cut_short(true);
+    stage.world.start_agent(0, take_over).unwrap();
+    stage.are_ours();
+    eventually("nothing is held", || {
+        let wrong: Vec<_> = new.iter().flat_map(|talk| talk.check().0).collect();
+        anyhow::ensure!(wrong.is_empty(), "{wrong:#?}");
+        Ok(())
+    })
+    .unwrap();
+    stage.check("an agent after a cleanup that ended in the midst", &[&old, &new]);
+
+    // A firewall that is loaded anew takes our table with it.
+    stage.on_node("nft", &["flush ruleset"]).unwrap();
+    eventually("NAT is kept again", || {
+        anyhow::ensure!(stage.tables().contains("sheave-keep-nat"), "{}", stage.tables());
+        Ok(())
+    })
+    .unwrap();
+    stage.check("after a flush", &[&old, &new]);
+
+    let _proxy = stage.start_kube_proxy();
+    assert!(stage.world.take_agent(0).unwrap().stop().unwrap().success());
+    stage.cut_short(true);
+    let output = sheave(stage.world.node(0).unwrap(), &["cleanup"]).unwrap();
+    assert!(output.status.success(), "{output:?}");
+    stage.check("a cleanup after one that ended in the midst", &[&old, &new]);
 }
 
 /// Without `--take-over`, and with the rules removed by hand. C2, C3: what netfilter owns leaves an endpoint that serves
 /// no more, but not for nothing. NAT is kept as long as anybody needs it.
 #[test]
 fn c2_datagrams_of_kube_proxy_leave_an_endpoint_that_is_gone() {
-    let mut stage = Stage::new(Mode::Nftables);
+    let mut stage = Stage::new(Mode::Nftables, Guard::Open);
     let proxy = stage.start_kube_proxy();
     let old = stage.talks();
     stage.world.start_agent(0, &["--flow-sweep-ms", "500"]).unwrap();

@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -254,9 +255,9 @@ fn has_nft_chains() -> Result<bool, Error> {
 
 /// Whether the kernel's own tables of iptables are in use, by whomever.
 fn has_legacy_tables() -> bool {
-    ["/proc/net/ip_tables_names", "/proc/net/ip6_tables_names"]
-        .iter()
-        .any(|names| std::fs::read(names).is_ok_and(|names| !names.is_empty()))
+    ["ip_tables_names", "ip6_tables_names"].iter().any(|names| {
+        std::fs::read(Path::new("/proc/thread-self/net").join(names)).is_ok_and(|names| !names.is_empty())
+    })
 }
 
 fn dump<T>(kind: u16, parse: impl Fn(&[u8]) -> Option<T>) -> Result<Vec<T>, Error> {
@@ -442,6 +443,47 @@ mod tests {
             keep_nat(false).unwrap();
             assert_eq!(tables().unwrap(), []);
         });
+    }
+
+    /// By the commands of both kinds. What the others have is as it was, and nothing is left to remove.
+    #[test]
+    fn iptables_rules_go_and_others_stay() {
+        let others = |kind: &str| {
+            let all = saved(&[if kind.ends_with("legacy") { LEGACY[0] } else { NFT[0] }]).unwrap();
+            let rules = all[0].1.lines().filter(|line| line.starts_with("-A ")).map(str::to_owned);
+            rules.collect::<Vec<_>>()
+        };
+        for (kind, other_kind) in [(LEGACY[0], NFT[0]), (NFT[0], LEGACY[0])] {
+            in_own_namespace(move || {
+                let plugins = "*nat\n:CNI-HOSTPORT - [0:0]\n:KUBE-MARK-MASQ - [0:0]\n:KUBE-POSTROUTING - [0:0]\n\
+                    -A POSTROUTING -j KUBE-POSTROUTING\n-A PREROUTING -j CNI-HOSTPORT\n\
+                    -A CNI-HOSTPORT -p tcp --dport 80 -j KUBE-MARK-MASQ\n\
+                    -A KUBE-MARK-MASQ -j MARK --or-mark 0x4000\nCOMMIT\n";
+                restore(kind, plugins).unwrap();
+                let before = others(kind);
+                assert!(!before.is_empty() && Rules::find().unwrap().is_empty());
+                let kube_proxys = "*filter\n:KUBE-FORWARD - [0:0]\n\
+                    -A FORWARD -m comment --comment \"kubernetes forwarding rules\" -j KUBE-FORWARD\n\
+                    -A KUBE-FORWARD -m mark --mark 0x4000/0x4000 -j ACCEPT\nCOMMIT\n\
+                    *nat\n:KUBE-SERVICES - [0:0]\n:KUBE-SVC-X - [0:0]\n\
+                    -A PREROUTING -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES\n\
+                    -A OUTPUT -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES\n\
+                    -A KUBE-SERVICES -d 10.96.0.1/32 -j KUBE-SVC-X\n-A KUBE-SVC-X -j KUBE-MARK-MASQ\nCOMMIT\n";
+                restore(kind, kube_proxys).unwrap();
+                let rules = Rules::find().unwrap();
+                assert_eq!(rules.to_string(), kind);
+                rules.are_all().unwrap();
+                // In the tables that the commands show; without them nobody could tell.
+                assert_eq!(
+                    (has_legacy_tables(), has_nft_chains().unwrap()),
+                    (kind == LEGACY[0], kind == NFT[0])
+                );
+                rules.remove().unwrap();
+                assert_eq!(others(kind), before);
+                assert!(others(other_kind).is_empty());
+                assert!(Rules::find().unwrap().is_empty());
+            });
+        }
     }
 
     #[test]
