@@ -465,7 +465,9 @@ fn what_was_cut_short_goes_on() {
     .unwrap();
     stage.check("an agent after a cleanup that ended in the midst", &[&old, &new]);
 
-    // A firewall that is loaded anew takes our table with it.
+    // A firewall that is loaded anew takes our table with it. What is on its way in that moment is lost: an acknowledgement
+    // that TCP put off would end its connection.
+    thread::sleep(Duration::from_millis(500));
     stage.on_node("nft", &["flush ruleset"]).unwrap();
     eventually("NAT is kept again", || {
         ensure!(stage.tables().contains("sheave-keep-nat"), "{}", stage.tables());
