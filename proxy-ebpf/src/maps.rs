@@ -77,6 +77,10 @@ pub(crate) static HEADERS: PerCpuArray<Headers> = PerCpuArray::with_max_entries(
 #[map]
 pub(crate) static FLOW: PerCpuArray<Flow> = PerCpuArray::with_max_entries(1, 0);
 
+/// As [`HEADERS`]: for whom a port is wanted.
+#[map]
+pub(crate) static CLAIM: PerCpuArray<(SnatKey, FlowKey)> = PerCpuArray::with_max_entries(1, 0);
+
 /// As [`HEADERS`]: the interface that a packet leaves or comes in by.
 #[map]
 pub(crate) static REDIRECT_TO: PerCpuArray<u32> = PerCpuArray::with_max_entries(1, 0);
@@ -130,7 +134,7 @@ pub(crate) static SNAT: HashMap<SnatKey, FlowKey> = HashMap::with_max_entries(1 
 #[map]
 pub(crate) static YOUNG_SNAT: LruHashMap<SnatKey, FlowKey> = LruHashMap::with_max_entries(1 << 14, 0);
 
-/// Not 0 once a client port has talked to several VIPs. Writer: the programs.
+/// Not 0 once a client port has talked to several VIPs, or had another port inside the node. Writer: the programs.
 #[map]
 pub(crate) static SEVERAL_VIPS: Array<u32> = Array::with_max_entries(1, 0);
 

@@ -91,9 +91,11 @@ fn is_dead(key: &FlowKey, flow: &Flow, now_ns: u64) -> bool {
     now_ns.saturating_sub(flow.used_ns) / SECOND_NS >= idle_limit_s(key, flow)
 }
 
-/// Where the connection's replies find their way back; nothing if its source is not replaced (yet).
-fn companion(key: &FlowKey, flow: &Flow) -> Option<SnatKey> {
-    (flow.snat_port != Port::default()).then(|| flow.way_back(key.protocol))
+/// By what else the connection is found: by its replaced source, and by its port inside the node, if it has them (yet).
+fn companions(key: &FlowKey, flow: &Flow) -> impl Iterator<Item = SnatKey> {
+    let back = (flow.snat_port != Port::default()).then(|| flow.way_back(key.protocol));
+    let inside = (flow.inner_port != Port::default()).then(|| flow.inside(key));
+    back.into_iter().chain(inside)
 }
 
 /// The clock of [`Flow::used_ns`].
@@ -235,7 +237,8 @@ impl Flows {
                 None => self.flow(&client)?,
             };
             let has_it = flow.is_some_and(|flow| {
-                flow.snat_port == Port::default() || companion(&client, &flow) == Some(key)
+                let may_be_about_to = !key.is_inside() && flow.snat_port == Port::default();
+                may_be_about_to || companions(&client, &flow).any(|companion| companion == key)
             });
             if has_it {
                 continue;
@@ -297,25 +300,26 @@ impl Flows {
         self.flows.replace(key, flow)
     }
 
-    /// The way back goes last, as long as it is this connection's.
+    /// What leads to it goes last, as long as it is this connection's.
     ///
     /// # Errors
     /// If the kernel refuses.
     pub(crate) fn remove(&mut self, key: &FlowKey, flow: &Flow) -> io::Result<()> {
         self.young.remove(key)?;
         self.flows.remove(key)?;
-        self.remove_source(key, flow)
+        self.remove_ways(key, flow)
     }
 
-    /// The way back alone.
+    /// What leads to it alone.
     ///
     /// # Errors
     /// If the kernel refuses.
-    pub(crate) fn remove_source(&mut self, key: &FlowKey, flow: &Flow) -> io::Result<()> {
-        let Some(back) = companion(key, flow) else { return Ok(()) };
-        for table in [&mut self.young_snat, &mut self.snat] {
-            if table.get(&back)? == Some(*key) {
-                table.remove(&back)?;
+    pub(crate) fn remove_ways(&mut self, key: &FlowKey, flow: &Flow) -> io::Result<()> {
+        for companion in companions(key, flow) {
+            for table in [&mut self.young_snat, &mut self.snat] {
+                if table.get(&companion)? == Some(*key) {
+                    table.remove(&companion)?;
+                }
             }
         }
         Ok(())
@@ -346,6 +350,8 @@ pub struct FlowView {
     pub backend: Option<SocketAddr>,
     /// The source that the backend sees, if it is replaced.
     pub snat: Option<SocketAddr>,
+    /// The client's port inside the node, if its own would clash with another connection there (M11).
+    pub inner_port: Option<u16>,
     /// How far it is.
     pub state: State,
     /// Since the last packet.
@@ -365,6 +371,7 @@ impl FlowView {
             vip: at(flow.vip, flow.vip_port),
             backend: (!flow.is_foreign()).then(|| at(flow.backend, flow.backend_port)),
             snat: (flow.snat_port != Port::default()).then(|| at(flow.snat, flow.snat_port)),
+            inner_port: (flow.inner_port != Port::default()).then(|| flow.inner_port.number()),
             state: State::of(flow),
             idle_seconds: now_ns.saturating_sub(flow.used_ns) / SECOND_NS,
             service_id: flow.service,

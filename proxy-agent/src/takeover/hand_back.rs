@@ -133,7 +133,7 @@ pub(super) fn hand_over(flows: &mut Flows, conntrack: &Conntrack, key: &FlowKey)
         return Err(error);
     }
     // From here on answers to the replaced source are netfilter's.
-    flows.remove_source(key, &flow)?;
+    flows.remove_ways(key, &flow)?;
     flows.remove(key, &flow)?;
     Ok(true)
 }

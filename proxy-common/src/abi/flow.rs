@@ -1,4 +1,5 @@
-//! `FLOWS` and `YOUNG_FLOWS`: client endpoint → connection, and `SNAT` and `YOUNG_SNAT`: replaced source → client.
+//! `FLOWS` and `YOUNG_FLOWS`: client endpoint → connection, and `SNAT` and `YOUNG_SNAT`: replaced source → client; a
+//! client's port inside the node is one of those too.
 //! Written by the kernel programs; the agent removes what is old.
 //!
 //! A connection is young until it is first answered. Young ones live in LRU tables, where a flood of them turns over
@@ -6,7 +7,7 @@
 
 use super::{Address, BackendId, Port, ServiceId};
 
-/// The client's side of a connection, as it is inside the node (before any source is replaced).
+/// The client's side of a connection, as it came in.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct FlowKey {
@@ -136,6 +137,9 @@ impl Flow {
         self.flags & Self::HELD != 0
     }
 
+    /// The backend has answered, but `FLOWS` had no room.
+    pub const HEARD: u32 = 256;
+
     /// Whether nothing more is expected: the client's port may be used for a new connection.
     #[inline(always)]
     pub const fn is_over(&self) -> bool {
@@ -149,14 +153,28 @@ impl Flow {
         self.flags & Self::NEEDS_SNAT != 0
     }
 
+    /// Whether it goes to this backend with the client's own port.
+    #[inline(always)]
+    pub fn goes_to(&self, backend: (Address, Port)) -> bool {
+        self.backend == backend.0 && self.backend_port == backend.1 && self.inner_port == Port::new(0)
+    }
+
     /// How its replaced source comes back; of no meaning before there is one.
     #[inline(always)]
     pub const fn way_back(&self, protocol: u8) -> SnatKey {
         SnatKey::new((self.snat, self.snat_port), (self.backend, self.backend_port), protocol)
     }
+
+    /// How this client is found by its port inside the node; of no meaning if that is its own.
+    #[inline(always)]
+    pub const fn inside(&self, client: &FlowKey) -> SnatKey {
+        let backend = (self.backend, self.backend_port);
+        SnatKey::inside((client.client, self.inner_port), backend, client.protocol)
+    }
 }
 
-/// How a replaced source comes back: the destination and source of the backend's reply.
+/// How a replaced source comes back: the destination and source of the backend's reply. Or how a client is found whose
+/// port is another one inside the node (M11): the same, as it is there.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct SnatKey {
@@ -170,7 +188,8 @@ pub struct SnatKey {
     pub backend_port: Port,
     /// IP protocol number.
     pub protocol: u8,
-    zero: u8,
+    /// 0: a replaced source, which is the node's. 1: a client's own address with its port inside the node.
+    inside: u8,
     zeros: u16,
 }
 
@@ -186,9 +205,21 @@ impl SnatKey {
             snat_port: snat.1,
             backend_port: backend.1,
             protocol,
-            zero: 0,
+            inside: 0,
             zeros: 0,
         }
+    }
+
+    /// Of a client as it is inside the node, and who was sent to.
+    #[inline(always)]
+    pub const fn inside(client: (Address, Port), backend: (Address, Port), protocol: u8) -> Self {
+        Self { inside: 1, ..Self::new(client, backend, protocol) }
+    }
+
+    /// Which of the two it is.
+    #[inline(always)]
+    pub const fn is_inside(&self) -> bool {
+        self.inside != 0
     }
 }
 

@@ -18,7 +18,7 @@ use proxy_common::{
 use skb::Skb;
 use tables::Device;
 
-use crate::maps::{FLOW, HEADERS, PACKET_PROGRAMS, REDIRECT_TO};
+use crate::maps::{CLAIM, FLOW, HEADERS, PACKET_PROGRAMS, REDIRECT_TO};
 
 /// `BPF_F_INGRESS`.
 const BPF_F_INGRESS: u64 = 1;
@@ -87,12 +87,16 @@ pub(crate) fn ingress(ctx: &TcContext) -> i32 {
             otherwise => packet_stay(ctx.skb.skb, otherwise as u32),
         };
     }
+    if answer == DIRECT {
+        answer = packet_direct(ctx.skb.skb);
+    }
     match answer {
         REFUSE => packet_refuse(ctx.skb.skb),
-        BRIDGE => {
+        BRIDGE_SETTLED => {
             Skb::new(ctx).set_hint(SETTLED);
             packet_bridge(ctx.skb.skb)
         }
+        BRIDGE => packet_bridge(ctx.skb.skb),
         COME_IN => come_in(),
         answer => answer,
     }
@@ -100,8 +104,15 @@ pub(crate) fn ingress(ctx: &TcContext) -> i32 {
 
 pub(crate) fn egress(ctx: &TcContext) -> i32 {
     let mut answer = match packet_parse(ctx.skb.skb) {
-        TRANSPORT => packet_out(ctx.skb.skb),
-        CONTROL => packet_icmp_out(ctx.skb.skb),
+        TRANSPORT => match packet_out(ctx.skb.skb) {
+            OTHER_PORT => packet_other_port(ctx.skb.skb),
+            GIVE_WAY => packet_give_way(ctx.skb.skb),
+            answer => answer,
+        },
+        CONTROL => match packet_icmp_out(ctx.skb.skb) {
+            OTHER_PORT => packet_icmp_other_port(ctx.skb.skb),
+            answer => answer,
+        },
         _ => NEXT,
     };
     if answer == OWN_NODE {
@@ -153,6 +164,10 @@ const COME_IN: i32 = 1 << 21;
 const BEGIN: i32 = 1 << 22;
 const LEAVE_OWN: i32 = 1 << 23;
 const REPLACE_SOURCE: i32 = 1 << 24;
+const OTHER_PORT: i32 = 1 << 25;
+const DIRECT: i32 = 1 << 26;
+const GIVE_WAY: i32 = 1 << 27;
+const BRIDGE_SETTLED: i32 = 1 << 28;
 
 /// Reads the headers into `HEADERS`.
 #[unsafe(no_mangle)]
@@ -207,6 +222,30 @@ extern "C" fn packet_stay(skb: *mut __sk_buff, otherwise: u32) -> i32 {
 
 #[unsafe(no_mangle)]
 #[inline(never)]
+extern "C" fn packet_direct(skb: *mut __sk_buff) -> i32 {
+    let ctx = TcContext::new(skb);
+    let Some(headers) = headers() else { return NEXT };
+    answer(decide::direct(&mut Skb::new(&ctx), &Device::of(&ctx), headers))
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn packet_other_port(skb: *mut __sk_buff) -> i32 {
+    let ctx = TcContext::new(skb);
+    let Some(headers) = headers() else { return NEXT };
+    answer(decide::other_port(&mut Skb::new(&ctx), &Device::leaving(&ctx), headers))
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn packet_give_way(skb: *mut __sk_buff) -> i32 {
+    let ctx = TcContext::new(skb);
+    let Some(headers) = headers() else { return NEXT };
+    answer(Some(decide::give_way(&Device::leaving(&ctx), headers)))
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
 extern "C" fn packet_own_node(skb: *mut __sk_buff) -> i32 {
     let ctx = TcContext::new(skb);
     let Some(headers) = headers() else { return NEXT };
@@ -244,6 +283,15 @@ extern "C" fn packet_replace_source(skb: *mut __sk_buff) -> i32 {
     let ctx = TcContext::new(skb);
     let Some(headers) = headers() else { return DROP };
     answer(decide::replace_source(&mut Skb::new(&ctx), &Device::leaving(&ctx), headers))
+}
+
+/// The port that was found for what is in `CLAIM`, as it lies in memory; 0: none.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn packet_claim(skb: *mut __sk_buff) -> u32 {
+    let ctx = TcContext::new(skb);
+    let Some((key, client)) = CLAIM.get(0) else { return 0 };
+    decide::claim_port(&Device::of(&ctx), key, client).map_or(0, |port| port.raw() as u32)
 }
 
 /// The verdicts of a decision that makes no flow.
@@ -298,6 +346,14 @@ extern "C" fn packet_icmp_out(skb: *mut __sk_buff) -> i32 {
     answer(decide::icmp_egress(&mut Skb::new(&ctx), &Device::of(&ctx), headers))
 }
 
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn packet_icmp_other_port(skb: *mut __sk_buff) -> i32 {
+    let ctx = TcContext::new(skb);
+    let Some(headers) = headers() else { return NEXT };
+    answer(decide::icmp_other_port(&mut Skb::new(&ctx), &Device::of(&ctx), headers))
+}
+
 #[inline(always)]
 fn answer(verdict: Option<Verdict>) -> i32 {
     let (device, answer) = match verdict {
@@ -305,10 +361,14 @@ fn answer(verdict: Option<Verdict>) -> i32 {
         Some(Verdict::Drop) => return DROP,
         Some(Verdict::Refuse) => return REFUSE,
         Some(Verdict::Begin) => return BEGIN,
-        Some(Verdict::ToBackend) => return BRIDGE,
+        Some(Verdict::ToBackend) => return BRIDGE_SETTLED,
+        Some(Verdict::ToBackendByPort) => return BRIDGE,
         Some(Verdict::OwnNode) => return OWN_NODE,
         Some(Verdict::LeaveOwn) => return LEAVE_OWN,
         Some(Verdict::ReplaceSource) => return REPLACE_SOURCE,
+        Some(Verdict::Direct) => return DIRECT,
+        Some(Verdict::GiveWay) => return GIVE_WAY,
+        Some(Verdict::OtherPort) => return OTHER_PORT,
         Some(Verdict::Leave(device)) => (device, LEAVE),
         Some(Verdict::ComeIn(device)) => (device, COME_IN),
     };

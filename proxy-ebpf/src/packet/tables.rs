@@ -20,7 +20,7 @@ use proxy_common::{
 
 use super::{route, skb::Skb};
 use crate::maps::{
-    CLUSTER_IPS, DEVICES, FLOW_FILTER, FLOWS, FRAGMENTS, Maps, PACKET_SETTINGS, SEVERAL_VIPS, SNAT,
+    CLAIM, CLUSTER_IPS, DEVICES, FLOW_FILTER, FLOWS, FRAGMENTS, Maps, PACKET_SETTINGS, SEVERAL_VIPS, SNAT,
     SNAT_PORTS, SOURCE_RANGES, VIPS, YOUNG_FLOWS, YOUNG_SNAT, count,
 };
 
@@ -99,6 +99,34 @@ macro_rules! byte {
         // SAFETY: the places are as many as the table has, by the types of both.
         $map.get_ptr_mut(0).map(|table| unsafe { table.cast::<u8>().add(place) })
     }};
+}
+
+/// Says in the filter that somebody has this source, or this port inside the node.
+#[inline(always)]
+fn mark(key: &SnatKey) {
+    let byte = if key.is_inside() {
+        if let Some(several) = SEVERAL_VIPS.get_ptr_mut(0) {
+            // SAFETY: in bounds.
+            unsafe { *several = 1 };
+        }
+        byte!(FLOW_FILTER, flow_place(&key.snat, key.snat_port))
+    } else {
+        byte!(SNAT_PORTS, key.snat_port.raw() as usize)
+    };
+    if let Some(byte) = byte {
+        // SAFETY: in bounds.
+        unsafe { *byte = 1 };
+    }
+}
+
+/// Moves a way to a client into the table of those that stay. A function of its own: two keys would not fit on the stack.
+#[inline(never)]
+fn grow_up(key: &SnatKey, client: &FlowKey) -> bool {
+    if SNAT.insert(key, client, 0).is_err() {
+        return false;
+    }
+    let _ = YOUNG_SNAT.remove(key);
+    true
 }
 
 impl PacketTables for Device {
@@ -193,12 +221,11 @@ impl PacketTables for Device {
 
     #[inline(always)]
     fn grow_up(&self, key: &FlowKey, flow: &Flow) -> bool {
-        if flow.snat_port != Port::new(0) {
-            let snat = flow.way_back(key.protocol);
-            if SNAT.insert(snat, key, 0).is_err() {
-                return false;
-            }
-            let _ = YOUNG_SNAT.remove(snat);
+        if flow.snat_port != Port::new(0) && !grow_up(&flow.way_back(key.protocol), key) {
+            return false;
+        }
+        if flow.inner_port != Port::new(0) && !grow_up(&flow.inside(key), key) {
+            return false;
         }
         if FLOWS.insert(key, flow, 0).is_err() {
             return false;
@@ -230,15 +257,22 @@ impl PacketTables for Device {
         if SNAT.get_ptr(key).is_some() {
             return false;
         }
-        if let Some(byte) = byte!(SNAT_PORTS, key.snat_port.raw() as usize) {
-            // SAFETY: in bounds.
-            unsafe { *byte = 1 };
-        }
+        mark(key);
         YOUNG_SNAT.insert(key, client, BPF_NOEXIST as u64).is_ok()
     }
 
     #[inline(always)]
+    fn claim_port(&self, key: &SnatKey, client: &FlowKey) -> Option<Port> {
+        let stored = CLAIM.get_ptr_mut(0)?;
+        // SAFETY: a per-CPU slot, used by the packet that is on this CPU.
+        unsafe { *stored = (*key, *client) };
+        let port = super::packet_claim(self.skb);
+        if port == 0 { None } else { Some(Port::from_raw(port as u16)) }
+    }
+
+    #[inline(always)]
     fn take_snat(&self, key: &SnatKey, client: &FlowKey) -> bool {
+        mark(key);
         let _ = SNAT.remove(key);
         YOUNG_SNAT.insert(key, client, 0).is_ok()
     }

@@ -1,6 +1,7 @@
 //! What lives on, what is taken up anew, and whose answers are whose.
 
 use std::{
+    collections::BTreeSet,
     io::ErrorKind,
     net::{Ipv4Addr, SocketAddr},
 };
@@ -20,7 +21,7 @@ use crate::{
         Condition, Stage, bridge_pod, cluster_ips, endpoints, everything, frontends, p2p_pod, served,
         served_at,
     },
-    talk::{PATIENCE, SILENCE, Talk, ask, datagrams},
+    talk::{PATIENCE, SILENCE, Talk, ask, datagrams, hear_on, unconnected},
 };
 
 fn vips(number: u16) -> [SocketAddr; 2] {
@@ -41,30 +42,86 @@ fn backends(world: &World) -> [(usize, &Place); 3] {
     [(0, bridge_pod(world, 0, 0)), (0, p2p_pod(world, 0, 0)), (1, bridge_pod(world, 1, 0))]
 }
 
-/// M11 over UDP, as far as it goes: each answer comes from the VIP that was asked last.
-#[test]
-fn m11_two_vips_with_one_backend_from_one_udp_port() {
+/// Runs for each backend of Services 1 and 2, each client and each family, with what may be dialled: two VIPs and the
+/// backend itself. Each time with a port of its own.
+fn with_one_backend(test: impl Fn(&Place, u16, [SocketAddr; 3], &str)) {
     let stage = Stage::new(Layout::default());
     let world = &stage.world;
+    let mut port = 45_000;
     for backend in backends(world) {
         stage.apply("one", &served(world, "one", 1, &[backend]));
         stage.apply("two", &served(world, "two", 2, &[backend]));
         for from in clients(world) {
             for family in [0, 1] {
-                let vips = [vips(1)[family], vips(2)[family]];
-                let socket = datagrams(from, vips[0]);
-                for round in 0..6 {
-                    let vip = vips[round % 2];
-                    let question = format!("question {round}");
-                    // The port stays; an answer from elsewhere is not heard.
-                    socket.connect(vip).unwrap();
-                    let said = ask(&socket, question.as_bytes());
-                    let said = said.unwrap_or_else(|error| panic!("{} {vip}: {error}", from.name()));
-                    assert_eq!(said, backend.1.name(), "{} {round}", from.name());
+                let direct = backend.1.sockets(TARGET)[family];
+                if backend.1.name() == from.name() {
+                    continue;
                 }
+                test(from, port, [vips(1)[family], vips(2)[family], direct], backend.1.name());
+                port += 10;
             }
         }
     }
+}
+
+/// M11: connections from one port to two VIPs and to the backend behind both, at the same time. Whichever comes first.
+#[test]
+fn m11_tcp_connections_of_one_port_with_one_backend() {
+    with_one_backend(|from, port, [one, two, direct], backend| {
+        for (round, order) in (0..).zip([[one, two, direct], [one, direct, two], [direct, one, two]]) {
+            let mut talks = Vec::new();
+            for to in order {
+                let talk = Talk::open(from, port + round, to);
+                assert_eq!(talk.server, backend, "{}: {to} of {order:?}", from.name());
+                talks.push((to, talk));
+                for (to, talk) in &mut talks {
+                    talk.echo(3000)
+                        .unwrap_or_else(|error| panic!("{}: {to} of {order:?}: {error}", from.name()));
+                }
+            }
+            // Who ends one does not end the others.
+            while talks.len() > 1 {
+                drop(talks.remove(0));
+                for (to, talk) in &mut talks {
+                    talk.echo(3000).unwrap_or_else(|error| {
+                        panic!("{}: {to} is left of {order:?}: {error}", from.name())
+                    });
+                }
+            }
+        }
+    });
+}
+
+/// M11 over UDP: each answer comes from who was asked, whether the next question is asked before or after it.
+#[test]
+fn m11_udp_flows_of_one_port_with_one_backend() {
+    with_one_backend(|from, port, [one, two, direct], backend| {
+        for (round, order) in (0..).zip([[one, two, direct], [one, direct, two], [direct, one, two]]) {
+            let socket = unconnected(from, port + round, one);
+            for question in 0..3 {
+                // Before any VIP is asked, who talks to the backend is nobody's business.
+                for all_at_once in [false, true] {
+                    let mut heard = BTreeSet::new();
+                    let mut hear = || {
+                        let (said, by) = hear_on(&socket).unwrap_or_else(|error| {
+                            panic!("{}: {order:?} after {heard:?}: {error}", from.name())
+                        });
+                        assert_eq!(said, format!("{backend} {by} {question}"), "{}", from.name());
+                        assert!(heard.insert(by), "{by} answers twice");
+                    };
+                    for to in order {
+                        socket.send_to(format!("{to} {question}").as_bytes(), to).unwrap();
+                        if !all_at_once {
+                            hear();
+                        }
+                    }
+                    if all_at_once {
+                        (0..3).for_each(|_| hear());
+                    }
+                }
+            }
+        }
+    });
 }
 
 /// Z8: an established connection outlives its endpoint's place in the set, and its Service.

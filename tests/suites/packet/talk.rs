@@ -129,3 +129,21 @@ pub(crate) fn ask(socket: &UdpSocket, question: &[u8]) -> std::io::Result<String
         }
     }
 }
+
+/// A UDP socket of a place that talks to many of one family.
+pub(crate) fn unconnected(from: &Place, port: u16, like: SocketAddr) -> UdpSocket {
+    let mut own = any(like);
+    own.set_port(port);
+    let socket = from.netns().run(|| UdpSocket::bind(own).unwrap()).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket
+}
+
+/// The next answer on such a socket, as "server question", and who it is from.
+pub(crate) fn hear_on(socket: &UdpSocket) -> std::io::Result<(String, SocketAddr)> {
+    let mut buffer = vec![0; 1 << 16];
+    let (length, by) = socket.recv_from(&mut buffer)?;
+    let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
+    let (line, question) = text.split_once('\n').unwrap();
+    Ok((format!("{} {question}", line.split(' ').next().unwrap()), by))
+}

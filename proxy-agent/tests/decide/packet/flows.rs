@@ -70,6 +70,10 @@ fn a_port_that_is_used_again_is_a_new_connection() {
                     node.translates(&build(tcp(SYN | ACK), old, pod), (old, pod), (vip, pod));
                 }
                 move_on(&mut node);
+                // Who has not said yes does not end it: that is somebody else's answer (M11).
+                if !answered && ends.iter().any(|(_, flags)| flags & FIN != 0) {
+                    continue;
+                }
                 for (from_client, flags) in ends {
                     assert_eq!(node.reaches(&syn(pod, vip)), old, "not over yet: {number}");
                     let (from, to) = if *from_client { (pod, vip) } else { (old, pod) };
@@ -319,7 +323,8 @@ fn no_room_for_grown_flows() {
         };
         answer(SYN | ACK);
         assert!(node.maps.counted().contains(&("packet_flows_full", 2)));
-        assert_eq!((node.maps.young.all().len(), node.flow().flags), (1, Flow::NEEDS_SNAT));
+        let flags = Flow::NEEDS_SNAT | Flow::HEARD;
+        assert_eq!((node.maps.young.all().len(), node.flow().flags), (1, flags));
         answer(FIN | ACK);
         node.passes(&build(tcp(FIN | ACK), client, vip).frame());
         assert!(node.flow().is_over());
@@ -356,9 +361,9 @@ fn when_a_flow_was_used() {
         assert_eq!(age_s(), 5);
         node.passes(&build(tcp(ACK), pod, vip).frame());
         assert_eq!(age_s(), 0);
-        for _ in 0..2 {
+        for flags in [SYN | ACK, ACK] {
             node.maps.lab.pass_s(7);
-            node.passes(&build(tcp(ACK), backend, pod).frame());
+            node.passes(&build(tcp(flags), backend, pod).frame());
             assert_eq!(age_s(), 0);
         }
         node.maps.lab.pass_s(1);

@@ -64,16 +64,36 @@ fn translates(
     }
 }
 
-/// What goes on between whom, for a client whose source is kept and for one whose is replaced.
-fn scenes(test: impl Fn(&Node, &Carries, SocketAddr, SocketAddr)) {
+/// Who talks to VIP 1.
+struct Client {
+    /// As it is outside.
+    itself: SocketAddr,
+    /// As it is inside the node.
+    inside: SocketAddr,
+    /// As the backend sees it.
+    source: SocketAddr,
+}
+
+/// What goes on between whom, for a client whose source is kept and for one whose is replaced; with its own port inside
+/// the node, or with another (M11).
+fn scenes(test: impl Fn(&Node, &Carries, &Client)) {
     each(|v6, carries| {
-        for outside in [false, true] {
-            let node = Node::of(v6, &carries);
-            let client = if outside { node.client(40_000) } else { node.pod(40_000) };
-            let source = node.source_at(&build(carries.clone(), client, node.vip(1)));
-            node.passes(&build(reply(&carries), node.backend(1), source).frame());
+        for (outside, clashes) in [(false, false), (false, true), (true, false), (true, true)] {
+            if clashes && carries == Carries::Sctp {
+                continue;
+            }
+            let mut node = Node::of(v6, &carries);
+            node.maps.lab.plain(4, &[1]);
+            let itself = if outside { node.client(40_000) } else { node.pod(40_000) };
+            if clashes {
+                node.passes(&build(carries.clone(), itself, node.vip(4)).frame());
+            }
+            let (inside, outside) = node.passes(&build(carries.clone(), itself, node.vip(1)).frame());
+            let client = Client { itself, inside: ends(&inside).0, source: ends(&outside).0 };
+            assert_eq!(client.inside != itself, clashes);
+            node.passes(&build(reply(&carries), node.backend(1), client.source).frame());
             node.maps.counted();
-            test(&node, &carries, client, source);
+            test(&node, &carries, &client);
         }
     });
 }
@@ -81,7 +101,7 @@ fn scenes(test: impl Fn(&Node, &Carries, SocketAddr, SocketAddr)) {
 /// Of a router, or of the backend itself, about what the client sent: to the client, who knows the VIP only.
 #[test]
 fn about_a_request_from_behind_the_node() {
-    scenes(|node, carries, client, source| {
+    scenes(|node, carries, &Client { itself: client, inside, source }| {
         let (vip, backend) = (node.vip(1), node.backend(1));
         let about = build(carries.clone(), client, vip);
         for from in [node.router(), backend] {
@@ -90,7 +110,7 @@ fn about_a_request_from_behind_the_node() {
                 &about,
                 (from, source),
                 (source, backend),
-                [((from, client), (client, backend)), ((vip, client), (client, vip))],
+                [((from, inside), (inside, backend)), ((vip, client), (client, vip))],
             );
         }
     });
@@ -99,10 +119,10 @@ fn about_a_request_from_behind_the_node() {
 /// Of the node itself about what the client sent: the link behind it is too narrow.
 #[test]
 fn about_a_request_from_the_node_itself() {
-    scenes(|node, carries, client, _| {
+    scenes(|node, carries, &Client { itself: client, inside, .. }| {
         let (vip, backend) = (node.vip(1), node.backend(1));
         let own = SocketAddr::new(node.node(), 0);
-        let about = build(carries.clone(), client, backend);
+        let about = build(carries.clone(), inside, backend);
         let mut frame = error(own, client, errors(node.v6())[0], &about, cuts(node.v6())[1]).frame();
         assert_eq!(node.goes_out(&mut frame), After::Next);
         let expected = error(
@@ -126,17 +146,17 @@ fn about_a_request_from_the_node_itself() {
 /// Of a router in front of the node about a reply: to the backend, who knows the client or its replaced source.
 #[test]
 fn about_a_reply() {
-    scenes(|node, carries, client, source| {
+    scenes(|node, carries, &Client { itself: client, inside, source }| {
         let (vip, backend) = (node.vip(1), node.backend(1));
         let about = build(reply(carries), vip, client);
         // Who sent the error gives way to who was sent to, but only where the source was replaced.
-        let outer = if source == client { node.router() } else { source };
+        let outer = if source == inside { node.router() } else { source };
         translates(
             node,
             &about,
             (node.router(), vip),
             (vip, client),
-            [((node.router(), backend), (backend, client)), ((outer, backend), (backend, source))],
+            [((node.router(), backend), (backend, inside)), ((outer, backend), (backend, source))],
         );
     });
 }
@@ -144,7 +164,7 @@ fn about_a_reply() {
 /// About packets of nobody, cut off before their ports, or no packets at all.
 #[test]
 fn about_something_else() {
-    scenes(|node, carries, client, source| {
+    scenes(|node, carries, &Client { itself: client, source, .. }| {
         let (v6, vip, backend) = (node.v6(), node.vip(1), node.backend(1));
         let kind = errors(v6)[0];
         let other = SocketAddr::new(client.ip(), 9);
@@ -171,7 +191,7 @@ fn about_something_else() {
 /// A redirect about a flow would send the client elsewhere with what is for the VIP.
 #[test]
 fn redirects_about_a_flow_are_dropped() {
-    scenes(|node, carries, client, source| {
+    scenes(|node, carries, &Client { itself: client, inside, source }| {
         if node.v6() {
             return;
         }
@@ -180,10 +200,10 @@ fn redirects_about_a_flow_are_dropped() {
             error(from, to, ([5, 1], [192, 0, 2, 77]), &build(carries.clone(), quoted.0, quoted.1), 28)
                 .frame()
         };
-        assert_eq!(node.goes_out(&mut redirect(router, client, (client, backend))), After::Drop);
-        if source != client {
+        assert_eq!(node.goes_out(&mut redirect(router, client, (inside, backend))), After::Drop);
+        if source != inside {
             assert_eq!(node.comes_in(&mut redirect(router, source, (source, backend))), After::Drop);
-            assert_eq!(node.goes_out(&mut redirect(router, backend, (backend, client))), After::Drop);
+            assert_eq!(node.goes_out(&mut redirect(router, backend, (backend, inside))), After::Drop);
         }
         assert_eq!(node.comes_in(&mut redirect(router, vip, (vip, client))), After::Drop);
         node.leaves_alone(&error(

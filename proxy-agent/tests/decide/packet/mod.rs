@@ -17,6 +17,7 @@ mod bystanders;
 mod flows;
 mod fragments;
 mod icmp;
+mod m11;
 mod nat;
 mod refuse;
 mod rules;
@@ -170,6 +171,9 @@ impl Node {
                 Decision::Verdict(otherwise) => packet::stay(frame, &self.maps, &headers, otherwise),
             };
         }
+        if verdict == Some(Verdict::Direct) {
+            verdict = packet::direct(frame, &self.maps, &headers);
+        }
         self.after(verdict, frame, &headers)
     }
 
@@ -188,9 +192,16 @@ impl Node {
     fn goes_out_whole(&self, frame: &mut Frame) -> After {
         let Some(mut headers) = packet::parse(frame, L2_BYTES, self.v6()) else { return After::Next };
         let mut verdict = if matches!(headers.protocol, 1 | 58) {
-            packet::icmp_egress(frame, &self.maps, &headers)
+            match packet::icmp_egress(frame, &self.maps, &headers) {
+                Some(Verdict::OtherPort) => packet::icmp_other_port(frame, &self.maps, &headers),
+                verdict => verdict,
+            }
         } else {
-            packet::egress(frame, &self.maps, &mut headers)
+            match packet::egress(frame, &self.maps, &mut headers) {
+                Some(Verdict::OtherPort) => packet::other_port(frame, &self.maps, &headers),
+                Some(Verdict::GiveWay) => Some(packet::give_way(&self.maps, &headers)),
+                verdict => verdict,
+            }
         };
         if verdict == Some(Verdict::OwnNode) {
             verdict = Some(packet::own_node(&self.maps, &headers));
@@ -213,8 +224,8 @@ impl Node {
     fn after(&self, verdict: Option<Verdict>, frame: &mut Frame, headers: &Headers) -> After {
         match verdict {
             None | Some(Verdict::Next) => After::Next,
-            Some(Verdict::ToBackend) => {
-                self.settled.set(true);
+            Some(verdict @ (Verdict::ToBackend | Verdict::ToBackendByPort)) => {
+                self.settled.set(verdict == Verdict::ToBackend);
                 assert!(!self.maps.own.get());
                 After::Next
             }
@@ -226,7 +237,13 @@ impl Node {
             Some(Verdict::Leave(device)) => After::Leave(device),
             Some(Verdict::ComeIn(device)) => After::ComeIn(device),
             Some(
-                verdict @ (Verdict::Begin | Verdict::OwnNode | Verdict::LeaveOwn | Verdict::ReplaceSource),
+                verdict @ (Verdict::Begin
+                | Verdict::Direct
+                | Verdict::GiveWay
+                | Verdict::OtherPort
+                | Verdict::OwnNode
+                | Verdict::LeaveOwn
+                | Verdict::ReplaceSource),
             ) => panic!("{verdict:?} is no end"),
         }
     }

@@ -10,7 +10,7 @@ use proxy_common::abi::{
     ServiceId, Slot, SnatKey,
 };
 use proxy_common::decide::Tables;
-use proxy_common::decide::packet::{FlowEntry, PacketTables, Route};
+use proxy_common::decide::packet::{self, FlowEntry, PacketTables, Route};
 
 use super::Lab;
 
@@ -63,6 +63,15 @@ impl Maps {
             flow_filter: RefCell::default(),
             snat_filter: RefCell::default(),
             counts: RefCell::default(),
+        }
+    }
+
+    fn mark(&self, key: &SnatKey) {
+        if key.is_inside() {
+            self.several_vips.set(true);
+            self.flow_filter.borrow_mut().insert((key.snat, key.snat_port));
+        } else {
+            self.snat_filter.borrow_mut().insert(key.snat_port);
         }
     }
 
@@ -215,10 +224,11 @@ impl PacketTables for Maps {
     }
 
     fn grow_up(&self, key: &FlowKey, flow: &Flow) -> bool {
-        if flow.snat_port != Port::new(0) {
-            let snat = flow.way_back(key.protocol);
-            self.grown_snat.borrow_mut().insert(snat, *key);
-            self.young_snat.borrow_mut().remove(&snat);
+        let snat = (flow.snat_port != Port::new(0)).then(|| flow.way_back(key.protocol));
+        let inside = (flow.inner_port != Port::new(0)).then(|| flow.inside(key));
+        for way in snat.into_iter().chain(inside) {
+            self.grown_snat.borrow_mut().insert(way, *key);
+            self.young_snat.borrow_mut().remove(&way);
         }
         if !self.grown.insert(key, flow) {
             return false;
@@ -240,12 +250,17 @@ impl PacketTables for Maps {
         if self.snat(key).is_some() {
             return false;
         }
-        self.snat_filter.borrow_mut().insert(key.snat_port);
+        self.mark(key);
         self.young_snat.borrow_mut().insert(*key, *client);
         true
     }
 
+    fn claim_port(&self, key: &SnatKey, client: &FlowKey) -> Option<Port> {
+        packet::claim_port(self, key, client)
+    }
+
     fn take_snat(&self, key: &SnatKey, client: &FlowKey) -> bool {
+        self.mark(key);
         self.grown_snat.borrow_mut().remove(key);
         self.young_snat.borrow_mut().insert(*key, *client);
         true

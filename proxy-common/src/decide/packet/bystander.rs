@@ -17,8 +17,12 @@ const FRAGMENT: u16 = 0x3fff;
 /// Whether a packet that comes in is certainly left alone.
 #[inline(always)]
 pub fn passes_in(packet: &impl Packet, tables: &impl PacketTables, v6: bool) -> bool {
-    let Some((_, to)) = ends(packet, v6) else { return false };
-    !tables.may_be_snat(to.1) && !tables.may_be_vip(&to.0) && !is_unassigned(tables, &to.0)
+    let Some((from, to)) = ends(packet, v6) else { return false };
+    // Who has flows may talk to a backend of one directly (M11).
+    if tables.may_be_snat(to.1) || tables.may_be_vip(&to.0) || tables.may_be_flow(&from.0, from.1) {
+        return false;
+    }
+    !is_unassigned(tables, &to.0)
 }
 
 /// Whether a packet that leaves is certainly left alone.

@@ -1,13 +1,10 @@
-use super::flow::{find, touch};
-use super::headers::{FIN, RST, with_ports};
-use super::nat::{Side, rewrite};
+use super::flow::{find, find_inside, make_way, touch};
+use super::headers::{FIN, RST, SYN, with_ports};
+use super::nat::{Side, rewrite, rewrite_port};
 use super::own_node::own_node_reply;
 use super::{FlowEntry, Headers, Packet, PacketTables, Verdict};
 use crate::abi::{Address, Device, Flow, FlowKey, Outcome, Port, Protocol, SnatKey};
 use crate::decide::Peer;
-
-/// Ports that are tried before a connection is given up.
-const TRIES: u32 = 16;
 
 /// A TCP, UDP or SCTP packet that leaves by a device. `None`: cut short; it is left alone.
 #[inline(always)]
@@ -31,11 +28,14 @@ pub fn egress(
     {
         return own_node_reply(packet, tables, headers, &client, &entry);
     }
-    if tables.may_be_flow(&destination.0, destination.1) {
-        let known = find(tables, &headers.of_destination(), |flow| {
-            flow.backend == source.0 && flow.backend_port == source.1
-        });
+    let (to, from) =
+        (tables.may_be_flow(&destination.0, destination.1), tables.may_be_flow(&source.0, source.1));
+    if to {
+        let known = find(tables, &headers.of_destination(), |flow| flow.goes_to(source));
         if let Some((key, entry)) = known {
+            if is_of_another(headers, entry.flow()) {
+                return Some(Verdict::GiveWay);
+            }
             // Read before the flow moves: its old place may be somebody else's at once.
             let vip = (entry.flow().vip, entry.flow().vip_port);
             answered(tables, headers, &key, &entry);
@@ -44,8 +44,53 @@ pub fn egress(
             return Some(Verdict::Next);
         }
     }
-    if tables.may_be_flow(&source.0, source.1)
-        && let Some((_, entry)) = find_to_replace(tables, headers)
+    if from && let Some((_, entry)) = find_to_replace(tables, headers) {
+        let to = (entry.flow().snat, entry.flow().snat_port);
+        if to.1 == Port::new(0) {
+            return Some(Verdict::ReplaceSource);
+        }
+        rewrite(packet, headers, Side::Source, to)?;
+        tables.count(Outcome::PacketSourceReplaced);
+        return Some(Verdict::Next);
+    }
+    if (to || from) && tables.several_vips() {
+        return Some(Verdict::OtherPort);
+    }
+    Some(of_own_node(tables, &destination.0))
+}
+
+#[inline(always)]
+fn of_own_node(tables: &impl PacketTables, to: &Address) -> Verdict {
+    if tables.is_own() && tables.may_be_vip(to) { Verdict::OwnNode } else { Verdict::Next }
+}
+
+/// Whether a backend has a connection of its own with what looks like this client: it says neither "welcome" nor "no" to
+/// a first packet (M11).
+#[inline(always)]
+const fn is_of_another(headers: &Headers, flow: &Flow) -> bool {
+    headers.protocol == Protocol::Tcp.number()
+        && headers.tcp_flags & (SYN | RST) == 0
+        && flow.flags & (Flow::ANSWERED | Flow::HEARD | Flow::NEEDS_SNAT) == 0
+        && !flow.is_over()
+}
+
+/// What [`egress`] does, for clients that have another port inside the node (M11).
+#[inline(always)]
+pub fn other_port(
+    packet: &mut impl Packet,
+    tables: &impl PacketTables,
+    headers: &Headers,
+) -> Option<Verdict> {
+    if let Some((key, entry)) = find_inside(tables, &headers.of_inner_destination()) {
+        let vip = (entry.flow().vip, entry.flow().vip_port);
+        answered(tables, headers, &key, &entry);
+        rewrite(packet, headers, Side::Source, vip)?;
+        rewrite_port(packet, headers, Side::Destination, key.port)?;
+        tables.count(Outcome::PacketReplied);
+        return Some(Verdict::Next);
+    }
+    if let Some((_, entry)) = find_inside(tables, &headers.of_inner_source())
+        && entry.flow().needs_snat()
     {
         let to = (entry.flow().snat, entry.flow().snat_port);
         if to.1 == Port::new(0) {
@@ -55,10 +100,17 @@ pub fn egress(
         tables.count(Outcome::PacketSourceReplaced);
         return Some(Verdict::Next);
     }
-    if tables.is_own() && tables.may_be_vip(&destination.0) {
-        return Some(Verdict::OwnNode);
+    Some(of_own_node(tables, &headers.destination.0))
+}
+
+/// The answer is for who talks to the backend directly. The client of the flow will try again, with another port inside
+/// the node (M11).
+#[inline(always)]
+pub fn give_way(tables: &impl PacketTables, headers: &Headers) -> Verdict {
+    if let Some((key, entry)) = find(tables, &headers.of_destination(), |flow| flow.goes_to(headers.source)) {
+        make_way(tables, &key, &entry);
     }
-    Some(Verdict::Next)
+    Verdict::Next
 }
 
 /// The first packet of a flow that leaves with another source.
@@ -68,9 +120,10 @@ pub fn replace_source(
     tables: &impl PacketTables,
     headers: &Headers,
 ) -> Option<Verdict> {
-    let Some((key, entry)) = find_to_replace(tables, headers) else { return Some(Verdict::Drop) };
+    let found = find_to_replace(tables, headers).or_else(|| find_inside(tables, &headers.of_inner_source()));
+    let Some((key, entry)) = found else { return Some(Verdict::Drop) };
     let snat = source_by(tables.device(), headers.v6);
-    let Some(to) = claim(tables, snat, headers, &key, headers.destination) else {
+    let Some(to) = claim_source(tables, snat, headers, &key, headers.destination) else {
         tables.count(Outcome::PacketNoSourcePort);
         return Some(Verdict::Drop);
     };
@@ -84,8 +137,9 @@ pub fn replace_source(
 #[inline(always)]
 fn find_to_replace<T: PacketTables>(tables: &T, headers: &Headers) -> Option<(FlowKey, T::Entry)> {
     let backend = headers.destination;
+    // A process of this node may talk to the backend directly too: what is for a VIP does not come here.
     find(tables, &headers.of_source(), |flow| {
-        flow.needs_snat() && flow.backend == backend.0 && flow.backend_port == backend.1
+        flow.flags & (Flow::NEEDS_SNAT | Flow::OWN_NODE) == Flow::NEEDS_SNAT && flow.goes_to(backend)
     })
 }
 
@@ -108,7 +162,7 @@ pub(super) fn answered<T: PacketTables>(tables: &T, headers: &Headers, key: &Flo
         }
         tables.count(Outcome::PacketFlowsFull);
         // It tries again with the next answer, but what ends it is said once only.
-        flags &= !Flow::ANSWERED;
+        flags = flags & !Flow::ANSWERED | Flow::HEARD;
     }
     if flags & !flow.flags != 0 {
         entry.set_flags(flags);
@@ -125,56 +179,21 @@ pub(super) fn source_by(device: Option<Device>, v6: bool) -> Address {
 
 /// A source for a connection that nobody else with this backend has (M7).
 #[inline(always)]
-pub(super) fn claim(
+pub(super) fn claim_source(
     tables: &impl PacketTables,
     snat: Address,
     headers: &Headers,
     client: &FlowKey,
     backend: Peer,
 ) -> Option<Peer> {
-    let settings = tables.settings()?;
     if snat == Address::default() {
         return None;
     }
-    let mut key = SnatKey::new((snat, headers.source.1), backend, headers.protocol);
+    let key = SnatKey::new((snat, headers.source.1), backend, headers.protocol);
     // T2: an SCTP port cannot be changed.
     if headers.protocol == Protocol::Sctp.number() {
         return if tables.claim_snat(&key, client) { Some((snat, key.snat_port)) } else { None };
     }
-    for _ in 0..TRIES {
-        let offset = (tables.random() as u64 * settings.snat_count as u64) >> 32;
-        key.snat_port = Port::new(settings.snat_first.wrapping_add(low(offset)));
-        if tables.claim_snat(&key, client) {
-            return Some((snat, key.snat_port));
-        }
-        // Whoever had it may be done with it.
-        let owner = tables.snat(&key);
-        let done = match owner {
-            // Of an earlier connection from this very port.
-            Some(owner) if owner == *client => true,
-            // Netfilter gave it away.
-            Some(owner) if owner.is_nobody() => false,
-            Some(owner) => match tables.flow(&owner) {
-                Some(entry) => {
-                    let flow = entry.flow();
-                    // An earlier connection of its client may have had it; one without a source yet may be about to.
-                    let has_other = flow.snat != key.snat || flow.snat_port != key.snat_port;
-                    flow.is_over() || flow.snat_port != Port::new(0) && has_other
-                }
-                None => true,
-            },
-            None => false,
-        };
-        if done && tables.take_snat(&key, client) {
-            return Some((snat, key.snat_port));
-        }
-    }
-    None
-}
-
-/// The low sixteen bits.
-#[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "the low half is what is asked for")]
-const fn low(number: u64) -> u16 {
-    number as u16
+    let port = tables.claim_port(&key, client)?;
+    Some((snat, port))
 }

@@ -1,7 +1,10 @@
 //! Finding and making flows.
 
 use super::{FlowEntry, PacketTables};
-use crate::abi::{Flow, FlowKey, Protocol};
+use crate::abi::{Flow, FlowKey, Outcome, Port, Protocol, SnatKey};
+
+/// Ports that are tried before a connection is given up.
+const TRIES: u32 = 16;
 
 /// A second's worth of nanoseconds: how exact a flow's last use is kept.
 const SECOND_NS: u64 = 1_000_000_000;
@@ -35,32 +38,150 @@ pub(super) fn find<T: PacketTables>(
     None
 }
 
-/// Stores a new flow where this client port has no other that goes on; the last slot gives way.
-///
-/// A datagram flow takes the place of one to another VIP with the same backend: inside the node both look alike, and a
-/// client's port is used again long before the old flow is gone.
+/// The flow of a client whose port is another one inside the node (M11).
 #[inline(always)]
-pub(super) fn store<T: PacketTables>(tables: &T, key: &FlowKey, flow: &Flow) -> Option<(FlowKey, T::Entry)> {
-    for slot in 0..FlowKey::SLOTS {
-        let key = key.in_slot(slot);
-        let Some(entry) = tables.flow(&key) else {
-            if !tables.remember_flow(&key, flow) {
-                return None;
+pub(super) fn find_inside<T: PacketTables>(tables: &T, key: &SnatKey) -> Option<(FlowKey, T::Entry)> {
+    let client = tables.snat(key)?;
+    let entry = tables.flow(&client)?;
+    // It may be another connection of this client by now.
+    let flow = entry.flow();
+    if flow.inner_port == key.snat_port
+        && flow.backend == key.backend
+        && flow.backend_port == key.backend_port
+    {
+        Some((client, entry))
+    } else {
+        None
+    }
+}
+
+/// Stores a new flow: in the place of the one to the same VIP, else where this client port has none that goes on; the
+/// last slot gives way.
+///
+/// Inside the node it must not look like another one that goes on (M11): then the client has another port there, as
+/// netfilter would have it, which is returned, else 0. A port that cannot be changed (T2) takes the place of the other instead.
+#[inline(always)]
+pub(super) fn store<T: PacketTables>(tables: &T, client: &FlowKey, flow: &Flow) -> Option<Port> {
+    let several = tables.several_vips();
+    let fixed = client.protocol == Protocol::Sctp.number();
+    let own_node = flow.flags & Flow::OWN_NODE != 0;
+    let (mut slot, mut is_its, mut looks_alike) = (FlowKey::SLOTS, false, false);
+    for n in 0..FlowKey::SLOTS {
+        let entry = if n != 0 && !several { None } else { tables.flow(&client.in_slot(n)) };
+        let Some(entry) = entry else {
+            if slot == FlowKey::SLOTS {
+                slot = n;
             }
-            let entry = tables.flow(&key)?;
-            return Some((key, entry));
+            continue;
         };
+        let other = entry.flow();
         // Of a foreign flow the backend is not known here.
-        let alike = key.protocol != Protocol::Tcp.number()
-            && !flow.is_foreign()
-            && entry.flow().backend == flow.backend
-            && entry.flow().backend_port == flow.backend_port;
-        if slot + 1 == FlowKey::SLOTS || entry.flow().is_over() || alike {
-            entry.replace(flow);
-            return Some((key, entry));
+        let knows = !own_node && !flow.is_foreign() && !other.is_foreign();
+        let alike = knows && other.backend == flow.backend && other.backend_port == flow.backend_port;
+        if other.vip == flow.vip && other.vip_port == flow.vip_port || alike && fixed {
+            if !is_its {
+                (slot, is_its) = (n, true);
+            }
+        } else if other.is_over() {
+            if slot == FlowKey::SLOTS {
+                slot = n;
+            }
+        } else if alike && other.inner_port == Port::new(0) {
+            looks_alike = true;
+        }
+    }
+    if slot == FlowKey::SLOTS {
+        slot -= 1;
+    }
+    let key = client.in_slot(slot);
+    let inside =
+        SnatKey::inside((client.client, client.port), (flow.backend, flow.backend_port), client.protocol);
+    // Another flow's port inside may be this client's own.
+    looks_alike |= several && !fixed && !own_node && !flow.is_foreign() && tables.snat(&inside).is_some();
+    let mut flow = *flow;
+    if looks_alike {
+        let Some(port) = tables.claim_port(&inside, &key) else {
+            tables.count(Outcome::PacketNoSourcePort);
+            return None;
+        };
+        flow.inner_port = port;
+    }
+    if let Some(entry) = tables.flow(&key) {
+        entry.replace(&flow);
+    } else if !tables.remember_flow(&key, &flow) {
+        tables.count(Outcome::PacketNoRoom);
+        return None;
+    }
+    tables.count(if flow.is_foreign() { Outcome::PacketUntouched } else { Outcome::PacketForwarded });
+    Some(flow.inner_port)
+}
+
+/// Gives the client of a flow that goes on another port inside the node: its own is somebody's who talks to the backend
+/// directly (M11).
+#[inline(always)]
+pub(super) fn make_way<T: PacketTables>(tables: &T, key: &FlowKey, entry: &T::Entry) {
+    let flow = entry.flow();
+    let inside = SnatKey::inside((key.client, key.port), (flow.backend, flow.backend_port), key.protocol);
+    let Some(port) = tables.claim_port(&inside, key) else {
+        tables.count(Outcome::PacketNoSourcePort);
+        return;
+    };
+    let moved = Flow { inner_port: port, ..*flow };
+    // An answered one stays where nothing is thrown out, with all that leads to it.
+    if flow.flags & Flow::ANSWERED == 0 || !tables.grow_up(key, &moved) {
+        entry.replace(&moved);
+    }
+}
+
+/// A port that nobody else with this backend has, and now this client: of a replaced source, or inside the node. `key` has
+/// any port.
+#[inline(always)]
+pub fn claim_port(tables: &impl PacketTables, key: &SnatKey, client: &FlowKey) -> Option<Port> {
+    let settings = tables.settings()?;
+    let mut key = *key;
+    for _ in 0..TRIES {
+        let offset = (tables.random() as u64 * settings.snat_count as u64) >> 32;
+        key.snat_port = Port::new(settings.snat_first.wrapping_add(low(offset)));
+        // A client may have the port as its own.
+        if key.is_inside() && tables.may_be_flow(&key.snat, key.snat_port) {
+            continue;
+        }
+        if tables.claim_snat(&key, client) || is_left(tables, &key, client) && tables.take_snat(&key, client)
+        {
+            return Some(key.snat_port);
         }
     }
     None
+}
+
+/// Whether whoever has it is done with it.
+#[inline(always)]
+fn is_left(tables: &impl PacketTables, key: &SnatKey, client: &FlowKey) -> bool {
+    let Some(owner) = tables.snat(key) else { return false };
+    // Of an earlier connection from this very port.
+    if owner == *client {
+        return true;
+    }
+    // Netfilter gave it away.
+    if owner.is_nobody() {
+        return false;
+    }
+    let Some(entry) = tables.flow(&owner) else { return true };
+    let flow = entry.flow();
+    // An earlier connection of its client may have had it; one without a source yet may be about to.
+    let has_other = if key.is_inside() {
+        flow.inner_port != key.snat_port
+    } else {
+        flow.snat_port != Port::new(0) && (flow.snat != key.snat || flow.snat_port != key.snat_port)
+    };
+    flow.is_over() || has_other
+}
+
+/// The low sixteen bits.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "the low half is what is asked for")]
+const fn low(number: u64) -> u16 {
+    number as u16
 }
 
 /// Keeps the time of last use, without dirtying the entry for every packet.

@@ -69,6 +69,18 @@ impl Headers {
         SnatKey::new(self.destination, self.source, self.protocol)
     }
 
+    /// Whom it answers, if that has another port inside the node.
+    #[inline(always)]
+    pub(super) const fn of_inner_destination(&self) -> SnatKey {
+        SnatKey::inside(self.destination, self.source, self.protocol)
+    }
+
+    /// Who sent it, if that has another port inside the node.
+    #[inline(always)]
+    pub(super) const fn of_inner_source(&self) -> SnatKey {
+        SnatKey::inside(self.source, self.destination, self.protocol)
+    }
+
     /// The protocol, if Services have it.
     #[inline(always)]
     pub const fn transport(&self) -> Option<Protocol> {

@@ -1,7 +1,7 @@
 //! ICMP errors: what they quote is a packet of ours, so its addresses are translated with theirs (M7).
 
 use super::checksum::{add, adjusted, replaced};
-use super::flow::find;
+use super::flow::{find, find_inside};
 use super::headers::{ICMP, ICMPV6};
 use super::nat::{Side, checksum_at, store_address};
 use super::{Covers, FlowEntry, Headers, L2_BYTES, Packet, PacketTables, Verdict, ingress::other, parse};
@@ -50,18 +50,31 @@ pub fn icmp_ingress(
         if let Some(client) = tables.snat(&key)
             && !client.is_nobody()
         {
-            return translate(packet, tables, headers, &inner, Side::Source, (client.client, client.port));
+            let mut port = client.port;
+            if let Some(entry) = tables.flow(&client)
+                && entry.flow().inner_port != Port::new(0)
+            {
+                port = entry.flow().inner_port;
+            }
+            let changed =
+                Changed { side: Side::Source, to: (client.client, port), other: inner.destination.1 };
+            return translate(packet, tables, headers, &inner, &changed);
         }
     }
     // About a reply that left with the VIP as its source: on to the backend.
-    if tables.may_be_vip(&headers.destination.0)
+    // Who is talked to directly may be dialled too (M11).
+    if (tables.may_be_vip(&headers.destination.0) || tables.several_vips())
         && tables.may_be_flow(&inner.destination.0, inner.destination.1)
         && let Some((_, entry)) = find(tables, &inner.of_destination(), |flow| {
             !flow.is_foreign() && flow.vip == inner.source.0 && flow.vip_port == inner.source.1
         })
     {
         let to = (entry.flow().backend, entry.flow().backend_port);
-        return translate(packet, tables, headers, &inner, Side::Source, to);
+        let mut other = inner.destination.1;
+        if entry.flow().inner_port != Port::new(0) {
+            other = entry.flow().inner_port;
+        }
+        return translate(packet, tables, headers, &inner, &Changed { side: Side::Source, to, other });
     }
     Some(Verdict::Next)
 }
@@ -79,28 +92,58 @@ pub fn icmp_egress(
     let inner = quoted(packet, headers)?;
     // To the client, about what it sent: it knows the VIP only.
     if tables.may_be_flow(&inner.source.0, inner.source.1)
-        && let Some((_, entry)) = find(tables, &inner.of_source(), |flow| {
-            flow.backend == inner.destination.0 && flow.backend_port == inner.destination.1
-        })
+        && let Some((_, entry)) = find(tables, &inner.of_source(), |flow| flow.goes_to(inner.destination))
     {
         let to = (entry.flow().vip, entry.flow().vip_port);
-        return translate(packet, tables, headers, &inner, Side::Destination, to);
+        let changed = Changed { side: Side::Destination, to, other: inner.source.1 };
+        return translate(packet, tables, headers, &inner, &changed);
     }
     // To the backend, about its reply: it knows the replaced source only.
     if tables.may_be_flow(&inner.destination.0, inner.destination.1)
         && let Some((_, entry)) = find(tables, &inner.of_destination(), |flow| {
-            flow.snat_port != Port::new(0)
-                && flow.backend == inner.source.0
-                && flow.backend_port == inner.source.1
+            flow.snat_port != Port::new(0) && flow.goes_to(inner.source)
         })
     {
         let to = (entry.flow().snat, entry.flow().snat_port);
-        return translate(packet, tables, headers, &inner, Side::Destination, to);
+        let changed = Changed { side: Side::Destination, to, other: inner.source.1 };
+        return translate(packet, tables, headers, &inner, &changed);
+    }
+    if tables.several_vips() { Some(Verdict::OtherPort) } else { Some(Verdict::Next) }
+}
+
+/// What [`icmp_egress`] does, for clients that have another port inside the node (M11).
+#[inline(always)]
+pub fn icmp_other_port(
+    packet: &mut impl Packet,
+    tables: &impl PacketTables,
+    headers: &Headers,
+) -> Option<Verdict> {
+    let inner = quoted(packet, headers)?;
+    if let Some((key, entry)) = find_inside(tables, &inner.of_inner_source()) {
+        let to = (entry.flow().vip, entry.flow().vip_port);
+        let changed = Changed { side: Side::Destination, to, other: key.port };
+        return translate(packet, tables, headers, &inner, &changed);
+    }
+    if let Some((_, entry)) = find_inside(tables, &inner.of_inner_destination())
+        && entry.flow().snat_port != Port::new(0)
+    {
+        let to = (entry.flow().snat, entry.flow().snat_port);
+        let changed = Changed { side: Side::Destination, to, other: inner.source.1 };
+        return translate(packet, tables, headers, &inner, &changed);
     }
     Some(Verdict::Next)
 }
 
-/// Changes one side of the quoted packet, the same address on the other side of the packet that quotes it (an error goes
+/// What changes in a quoted packet.
+struct Changed {
+    side: Side,
+    /// What that side becomes.
+    to: Peer,
+    /// The other side's port: the client may have another one inside the node (M11).
+    other: Port,
+}
+
+/// Changes one side of the quoted packet (and the other's port), the same address on the other side of the packet that quotes it (an error goes
 /// against the way of what it is about), and the message's checksum. A redirect is dropped: it would send elsewhere what
 /// is for the VIP.
 #[inline(always)]
@@ -109,28 +152,30 @@ fn translate(
     tables: &impl PacketTables,
     headers: &Headers,
     inner: &Headers,
-    side: Side,
-    to: Peer,
+    changed: &Changed,
 ) -> Option<Verdict> {
+    let Changed { side, to, other } = *changed;
     if headers.protocol == ICMP && packet.load8(headers.l4)? == REDIRECT {
         tables.count(Outcome::PacketDropped);
         return Some(Verdict::Drop);
     }
     let l3 = headers.l4 + ICMP_BYTES;
-    let old = match side {
-        Side::Source => inner.source,
-        Side::Destination => inner.destination,
+    let (old, other_old) = match side {
+        Side::Source => (inner.source, inner.destination.1),
+        Side::Destination => (inner.destination, inner.source.1),
     };
     let moved = store_address(packet, l3, headers.v6, side, old.0, to.0)?;
     // An IPv4 header sums to the same with its own checksum; an IPv6 header has none.
     let mut difference = if headers.v6 { moved } else { 0 };
     if !inner.later_fragment && inner.transport().is_some() {
-        let at = match side {
-            Side::Source => inner.l4,
-            Side::Destination => inner.l4 + 2,
+        let (at, other_at) = match side {
+            Side::Source => (inner.l4, inner.l4 + 2),
+            Side::Destination => (inner.l4 + 2, inner.l4),
         };
         packet.store16(at, to.1.raw())?;
+        packet.store16(other_at, other.raw())?;
         let ports = replaced(0, old.1.raw() as u32, to.1.raw() as u32);
+        let ports = replaced(ports, other_old.raw() as u32, other.raw() as u32);
         difference = add(difference, ports);
         // Of TCP only the first eight bytes are sure to be quoted, and its checksum is not among them.
         if let Some(Protocol::Udp) = inner.transport()

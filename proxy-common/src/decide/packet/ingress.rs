@@ -1,11 +1,11 @@
-use super::flow::{find, store, touch};
+use super::flow::{find, make_way, store, touch};
 use super::headers::{FIN, RST, with_ports};
-use super::nat::{Side, rewrite};
+use super::nat::{Side, rewrite, rewrite_port};
 use super::own_node::own_node_reply;
 use super::{FlowEntry, Headers, Packet, PacketTables, Verdict};
 use crate::abi::{
     Address, BackendId, ClientKey, Flow, FlowKey, FrontendKey, FrontendKind, FrontendValue, Origin, Outcome,
-    PacketSettings, Protocol, ServiceId, WhichSet,
+    PacketSettings, Port, Protocol, ServiceId, WhichSet,
 };
 use crate::decide::snat::Snat;
 use crate::decide::{Client, Connect, get, serve};
@@ -30,16 +30,23 @@ pub fn ingress(
             return Some(Verdict::Next);
         }
         tables.count(Outcome::PacketSourceRestored);
-        if let Some(entry) = tables.flow(&client)
-            && entry.flow().flags & Flow::OWN_NODE != 0
-        {
-            return own_node_reply(packet, tables, headers, &client, &entry);
+        let mut port = client.port;
+        if let Some(entry) = tables.flow(&client) {
+            if entry.flow().flags & Flow::OWN_NODE != 0 {
+                return own_node_reply(packet, tables, headers, &client, &entry);
+            }
+            if entry.flow().inner_port != Port::new(0) {
+                port = entry.flow().inner_port;
+            }
         }
-        rewrite(packet, headers, Side::Destination, (client.client, client.port))?;
+        rewrite(packet, headers, Side::Destination, (client.client, port))?;
         return Some(Verdict::Next);
     }
     if !tables.may_be_vip(&headers.destination.0) {
-        return Some(unassigned(tables, &headers.destination.0));
+        let verdict = unassigned(tables, &headers.destination.0);
+        let (client, port) = headers.source;
+        let is_asked = matches!(verdict, Verdict::Next) && tables.may_be_flow(&client, port);
+        return Some(if is_asked { Verdict::Direct } else { verdict });
     }
     let Some((_, entry)) = find_dialled(tables, headers) else {
         if begins(headers) {
@@ -52,7 +59,7 @@ pub fn ingress(
         return Some(Verdict::Begin);
     }
     follow(tables, headers, &entry);
-    forward(packet, headers, entry.flow())
+    forward(packet, headers, entry.flow(), entry.flow().inner_port)
 }
 
 /// A new connection that [`decide`] sends to a backend, or an old flow that goes on with another one.
@@ -63,8 +70,8 @@ pub fn begin(
     headers: &Headers,
     flow: &Flow,
 ) -> Option<Verdict> {
-    let Some(_) = remember(tables, headers, flow) else { return Some(Verdict::Drop) };
-    forward(packet, headers, flow)
+    let Some(port) = store(tables, &headers.of_source(), flow) else { return Some(Verdict::Drop) };
+    forward(packet, headers, flow, port)
 }
 
 /// One that [`decide`] sends to nobody: a datagram flow without anybody better stays as it is (C3, C7). A SYN that
@@ -76,9 +83,59 @@ pub fn stay(
     headers: &Headers,
     otherwise: Verdict,
 ) -> Option<Verdict> {
-    let Some((_, entry)) = find_staying(tables, headers) else { return Some(otherwise) };
+    let Some((_, entry)) = find_staying(tables, headers) else {
+        // No VIP after all.
+        return Some(if matches!(otherwise, Verdict::Next) { Verdict::Direct } else { otherwise });
+    };
     follow(tables, headers, &entry);
-    forward(packet, headers, entry.flow())
+    forward(packet, headers, entry.flow(), entry.flow().inner_port)
+}
+
+/// A packet for no VIP, from a client port that may have flows (M11): sent to the backend of one of them, it would look
+/// like one of that flow inside the node. So a connection that begins so becomes a flow of its own, as if the backend were
+/// a VIP, with another port for the client; and one that was there first keeps the client's port for itself.
+#[inline(always)]
+pub fn direct(packet: &mut impl Packet, tables: &impl PacketTables, headers: &Headers) -> Option<Verdict> {
+    let (source, to) = (headers.source, headers.destination);
+    // T2: an SCTP port cannot be changed.
+    if headers.protocol == Protocol::Sctp.number() || !tables.may_be_flow(&source.0, source.1) {
+        return Some(Verdict::Next);
+    }
+    let its_own = find(tables, &headers.of_source(), |flow| {
+        flow.vip == to.0 && flow.vip_port == to.1 && flow.backend == to.0
+    });
+    if let Some((_, entry)) = its_own {
+        if !begins(headers) || !entry.flow().is_over() {
+            follow(tables, headers, &entry);
+            return forward(packet, headers, entry.flow(), entry.flow().inner_port);
+        }
+        // The next one need not clash. What nobody dials is found by nobody, and swept away.
+        entry.replace(&Flow { flags: Flow::RESET, ..Flow::default() });
+    }
+    let alike = find(tables, &headers.of_source(), |flow| {
+        flow.goes_to(to) && !flow.is_over() && flow.flags & Flow::OWN_NODE == 0
+    });
+    let Some((key, entry)) = alike else { return Some(Verdict::Next) };
+    let of_vip = entry.flow();
+    if begins(headers) {
+        let flow = Flow {
+            vip: to.0,
+            backend: to.0,
+            backend_id: of_vip.backend_id,
+            used_ns: tables.now_ns(),
+            service: of_vip.service,
+            vip_port: to.1,
+            backend_port: to.1,
+            ..Flow::default()
+        };
+        let Some(port) = store(tables, &headers.of_source(), &flow) else { return Some(Verdict::Drop) };
+        return forward(packet, headers, &flow, port);
+    }
+    // Else the backend has one connection only, which is not this one.
+    if of_vip.needs_snat() || of_vip.flags & (Flow::ANSWERED | Flow::HEARD) == 0 {
+        make_way(tables, &key, &entry);
+    }
+    Some(Verdict::Next)
 }
 
 /// Only a first packet makes a flow: whatever goes on without us was set up by somebody else.
@@ -100,40 +157,31 @@ pub(super) fn find_staying<T: PacketTables>(tables: &T, headers: &Headers) -> Op
     if headers.protocol == Protocol::Tcp.number() { None } else { find_dialled(tables, headers) }
 }
 
-/// Stores a flow, in the place of the one that it replaces.
 #[inline(always)]
-pub(super) fn remember<T: PacketTables>(
-    tables: &T,
-    headers: &Headers,
-    flow: &Flow,
-) -> Option<(FlowKey, T::Entry)> {
-    let outcome = if flow.is_foreign() { Outcome::PacketUntouched } else { Outcome::PacketForwarded };
-    if let Some((key, entry)) = find_dialled(tables, headers) {
-        entry.replace(flow);
-        tables.count(outcome);
-        return Some((key, entry));
-    }
-    let stored = store(tables, &headers.of_source(), flow);
-    tables.count(if stored.is_none() { Outcome::PacketNoRoom } else { outcome });
-    stored
-}
-
-#[inline(always)]
-fn forward(packet: &mut impl Packet, headers: &Headers, flow: &Flow) -> Option<Verdict> {
+fn forward(packet: &mut impl Packet, headers: &Headers, flow: &Flow, port: Port) -> Option<Verdict> {
     if flow.is_held() {
         return Some(Verdict::Drop);
     }
     if flow.is_foreign() {
         return Some(Verdict::Next);
     }
-    let (to, verdict) = ((flow.backend, flow.backend_port), to_backend(flow));
+    let (to, verdict) = ((flow.backend, flow.backend_port), to_backend(flow, port));
     rewrite(packet, headers, Side::Destination, to)?;
+    if port != Port::new(0) {
+        rewrite_port(packet, headers, Side::Source, port)?;
+    }
     Some(verdict)
 }
 
 #[inline(always)]
-const fn to_backend(flow: &Flow) -> Verdict {
-    if flow.needs_snat() { Verdict::Next } else { Verdict::ToBackend }
+const fn to_backend(flow: &Flow, port: Port) -> Verdict {
+    if flow.needs_snat() {
+        Verdict::Next
+    } else if port.raw() != 0 {
+        Verdict::ToBackendByPort
+    } else {
+        Verdict::ToBackend
+    }
 }
 
 /// Whether a first packet, or any datagram, of a known flow is to find another backend.

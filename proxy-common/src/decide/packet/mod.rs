@@ -19,10 +19,11 @@ mod own_node;
 mod refuse;
 
 pub use bystander::{passes_in, passes_out};
-pub use egress::{egress, replace_source};
+pub use egress::{egress, give_way, other_port, replace_source};
+pub use flow::claim_port;
 pub use headers::{Headers, L2_BYTES, parse};
-pub use icmp::{icmp_egress, icmp_ingress};
-pub use ingress::{Decision, begin, decide, ingress, stay};
+pub use icmp::{icmp_egress, icmp_ingress, icmp_other_port};
+pub use ingress::{Decision, begin, decide, direct, ingress, stay};
 pub use nat::address_to;
 pub use own_node::{begin_own, leave_own, own_node, stay_own};
 pub use refuse::refuse;
@@ -106,7 +107,7 @@ pub trait PacketTables: Tables {
     fn other_device(&self, index: u32) -> Option<Device>;
     /// `FLOW_FILTER`: `false` is certain.
     fn may_be_flow(&self, client: &Address, port: Port) -> bool;
-    /// Whether any client port has ever talked to several VIPs; `false` is certain.
+    /// Whether any client port has talked to several VIPs, or has another port inside the node; `false` is certain.
     fn several_vips(&self) -> bool;
     /// `FLOWS`, else `YOUNG_FLOWS`.
     fn flow(&self, key: &FlowKey) -> Option<Self::Entry>;
@@ -118,8 +119,10 @@ pub trait PacketTables: Tables {
     fn may_be_snat(&self, port: Port) -> bool;
     /// `SNAT`, else `YOUNG_SNAT`.
     fn snat(&self, key: &SnatKey) -> Option<FlowKey>;
-    /// Takes a replaced source for a client, if nobody has it.
+    /// Takes a replaced source, or a port inside the node, for a client, if nobody has it.
     fn claim_snat(&self, key: &SnatKey, client: &FlowKey) -> bool;
+    /// [`claim_port`]. The kernel has it in one place: it is a long way for the verifier.
+    fn claim_port(&self, key: &SnatKey, client: &FlowKey) -> Option<Port>;
     /// Takes it from whoever has it.
     fn take_snat(&self, key: &SnatKey, client: &FlowKey) -> bool;
     /// `FRAGMENTS`.
@@ -150,10 +153,19 @@ pub enum Verdict {
     Begin,
     /// It goes on, now to a backend and with its own source: where that is behind the same bridge, it stays in the bridge.
     ToBackend,
+    /// The same, with a port that only this node knows, and that egress has still to replace.
+    ToBackendByPort,
     /// A process of this node sends it to what may be a VIP: [`own_node`] says what becomes of it.
     OwnNode,
     /// It is such a packet, and its flow is known: [`leave_own`] sends it.
     LeaveOwn,
+    /// It is for no VIP, but its sender may have flows: [`direct`] says what becomes of it.
+    Direct,
+    /// At least one side may be a client with another port inside the node: [`other_port`] or
+    /// [`icmp_other_port`] says what becomes of it.
+    OtherPort,
+    /// It answers somebody else than the flow that it looks like: [`give_way`] tells them apart.
+    GiveWay,
     /// It leaves for a backend that has not seen its source yet: [`replace_source`] finds one.
     ReplaceSource,
     /// It leaves by this interface, by way of the neighbour tables.

@@ -2,7 +2,7 @@
 
 use super::checksum::{adjusted, replaced};
 use super::{Covers, Headers, L2_BYTES, Packet};
-use crate::abi::{Address, Protocol};
+use crate::abi::{Address, Port, Protocol};
 use crate::decide::Peer;
 
 /// Which side of a packet.
@@ -29,22 +29,27 @@ pub(super) fn rewrite(packet: &mut impl Packet, headers: &Headers, side: Side, t
         packet.load16(at)?;
     }
     let moved = store_address(packet, L2_BYTES, headers.v6, side, old.0, to.0)?;
-    let mut ports = 0;
-    if old.1 != to.1 {
-        let at = match side {
-            Side::Source => headers.l4,
-            Side::Destination => headers.l4 + 2,
-        };
-        packet.store16(at, to.1.raw())?;
-        ports = replaced(0, old.1.raw() as u32, to.1.raw() as u32);
+    if let Some(at) = checksum {
+        packet.fix_checksum(at, moved, Covers::PseudoHeader, matches!(protocol, Protocol::Udp))?;
     }
-    let Some(at) = checksum else { return Some(()) };
-    let udp = matches!(protocol, Protocol::Udp);
-    packet.fix_checksum(at, moved, Covers::PseudoHeader, udp)?;
-    if ports != 0 {
-        packet.fix_checksum(at, ports, Covers::Content, udp)?;
+    rewrite_port(packet, headers, side, to.1)
+}
+
+/// Puts a port in the place of the source's or the destination's.
+#[inline(always)]
+pub(super) fn rewrite_port(packet: &mut impl Packet, headers: &Headers, side: Side, to: Port) -> Option<()> {
+    let (old, at) = match side {
+        Side::Source => (headers.source.1, headers.l4),
+        Side::Destination => (headers.destination.1, headers.l4 + 2),
+    };
+    if headers.later_fragment || old == to {
+        return Some(());
     }
-    Some(())
+    let protocol = headers.transport()?;
+    packet.store16(at, to.raw())?;
+    let Some(at) = checksum_at(protocol, headers.l4) else { return Some(()) };
+    let difference = replaced(0, old.raw() as u32, to.raw() as u32);
+    packet.fix_checksum(at, difference, Covers::Content, matches!(protocol, Protocol::Udp))
 }
 
 /// Sends the frame to a link address. A device takes in only what is addressed to it.

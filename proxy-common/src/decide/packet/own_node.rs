@@ -3,8 +3,9 @@
 //! Their packets meet no hook at ingress, so both sides are replaced where they leave: the VIP by the backend, and the
 //! source, so that the reply finds its way back here. A reply is handed to the device by which the process sent.
 
-use super::egress::{answered, claim, source_by};
-use super::ingress::{begins, find_dialled, find_staying, follow, is_over, other, remember};
+use super::egress::{answered, claim_source, source_by};
+use super::flow::store;
+use super::ingress::{begins, find_dialled, find_staying, follow, is_over, other};
 use super::nat::{Side, address_to, rewrite};
 use super::{FlowEntry, Headers, Packet, PacketTables, Route, Verdict};
 use crate::abi::{Device, Flow, FlowKey, Outcome, Port};
@@ -28,7 +29,7 @@ pub fn own_node(tables: &impl PacketTables, headers: &Headers) -> Verdict {
 /// As [`super::begin`].
 #[inline(always)]
 pub fn begin_own(tables: &impl PacketTables, headers: &Headers, flow: &Flow) -> Verdict {
-    if remember(tables, headers, flow).is_some() { Verdict::LeaveOwn } else { Verdict::Drop }
+    if store(tables, &headers.of_source(), flow).is_some() { Verdict::LeaveOwn } else { Verdict::Drop }
 }
 
 /// As [`super::stay`].
@@ -70,7 +71,7 @@ pub fn leave_own(packet: &mut impl Packet, tables: &impl PacketTables, headers: 
     };
     let mut source = (entry.flow().snat, entry.flow().snat_port);
     if source.1 == Port::new(0) {
-        let Some(claimed) = claim(tables, snat, headers, &key, backend) else {
+        let Some(claimed) = claim_source(tables, snat, headers, &key, backend) else {
             tables.count(Outcome::PacketNoSourcePort);
             return Some(Verdict::Drop);
         };
