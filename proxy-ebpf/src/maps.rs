@@ -114,7 +114,7 @@ pub(crate) static VIPS: Array<[u8; VIP_PLACES]> = Array::with_max_entries(1, BPF
 #[map]
 pub(crate) static FLOW_FILTER: Array<[u8; FLOW_PLACES]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
-/// Writer: the programs.
+/// As [`FLOW_FILTER`].
 #[map]
 pub(crate) static SNAT_PORTS: Array<[u8; SNAT_PLACES]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 

@@ -19,7 +19,7 @@ use proxy_agent::{
 };
 use proxy_common::abi::{
     Address, Flow, FlowKey, FrontendKey, PacketSettings, Port, SnatKey, SourceRange,
-    packet::{VIP_PLACES, vip_place},
+    packet::{FLOW_PLACES, FRESH, SNAT_PLACES, VIP_PLACES, flow_place, snat_place, vip_place},
 };
 use serde_json::{Value, json};
 use sheave_tests::{
@@ -449,4 +449,52 @@ fn z8_the_filter_keeps_a_vip_while_connections_have_it() {
     // And it comes back with a Service.
     scene.apply("a", &web(&scene, "a", &["10.96.0.10"], &[0])).unwrap();
     assert_eq!(vips(&scene), places(&["10.96.0.10", BARRIER]));
+}
+
+/// A table of bytes, as a program writes it.
+fn filter<const N: usize>(scene: &Scene, name: &'static str) -> Mapping<[u8; N]> {
+    Mapping::new(open_pinned(&pins(scene).state(), name).unwrap().fd(), 1, true).unwrap()
+}
+
+/// What bystanders pay for does not grow with the connections that there ever were; those that there are stay known.
+#[test]
+fn filters_forget_connections_that_are_gone() {
+    let scene = Scene::with(Shape { nodes: 1, pods: 1 }, &OFTEN).unwrap();
+    let mut tables = Connections::open(&scene);
+    let mut flow_filter: Mapping<[u8; FLOW_PLACES]> = filter(&scene, "FLOW_FILTER");
+    let mut snat_ports: Mapping<[u8; SNAT_PLACES]> = filter(&scene, "SNAT_PORTS");
+    let (grown, young) = (client(1, TCP), client(2, TCP));
+    let (flow, back) = with_snat(flow("10.96.0.10", 80, 0, 0), 20_001, grown);
+    assert!(tables.flows.put_all(&[(grown, flow)]).is_empty());
+    assert!(tables.snat.put_all(&[back]).is_empty());
+    assert!(tables.young.put_all(&[(young, Flow { snat_port: Port::default(), ..flow })]).is_empty());
+    // As if there had been very many.
+    for place in 0..FLOW_PLACES {
+        flow_filter.store(place, FRESH).unwrap();
+    }
+    for place in 0..SNAT_PLACES {
+        snat_ports.store(place, FRESH).unwrap();
+    }
+    let places = |keys: &[FlowKey]| -> BTreeSet<usize> {
+        keys.iter().map(|key| flow_place(&key.client, key.port)).collect()
+    };
+    let port = BTreeSet::from([snat_place(Port::new(20_001))]);
+    let eventually_set = |keys: &[FlowKey], ports: &BTreeSet<usize>| {
+        eventually("the filters have what there is", || {
+            let flows: BTreeSet<usize> = (0..FLOW_PLACES).filter(|n| flow_filter.load(*n) != 0).collect();
+            let snat: BTreeSet<usize> = (0..SNAT_PLACES).filter(|n| snat_ports.load(*n) != 0).collect();
+            ensure!(flows == places(keys), "{} places of flows", flows.len());
+            ensure!(snat == *ports, "{} ports", snat.len());
+            Ok(())
+        })
+        .unwrap();
+    };
+    eventually_set(&[grown, young], &port);
+    // Many walks later still.
+    thread::sleep(Duration::from_millis(500));
+    eventually_set(&[grown, young], &port);
+    tables.young.remove(&young).unwrap();
+    eventually_set(&[grown], &port);
+    tables.flows.remove(&grown).unwrap();
+    eventually_set(&[], &BTreeSet::new());
 }

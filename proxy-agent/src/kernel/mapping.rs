@@ -278,6 +278,14 @@ impl<const N: usize> Mapping<[u8; N]> {
         self.byte(place).map_or(0, |byte| byte.load(Ordering::Acquire))
     }
 
+    /// Writes `to` where `from` still is, whoever else writes at the same time.
+    ///
+    /// # Errors
+    /// E2BIG if out of range.
+    pub fn exchange(&mut self, place: usize, from: u8, to: u8) -> io::Result<bool> {
+        Ok(self.byte(place)?.compare_exchange(from, to, Ordering::AcqRel, Ordering::Relaxed).is_ok())
+    }
+
     fn byte(&self, place: usize) -> io::Result<&AtomicU8> {
         if place >= N {
             return Err(io::Error::from_raw_os_error(libc::E2BIG));

@@ -1,8 +1,7 @@
 //! Upkeep of the connections of the packet path: what is over or idle goes, and datagrams leave a VIP's former owner.
 //!
 //! It has a thread of its own: a walk of a full table takes tens of milliseconds, which no change shall wait for.
-//! `FLOW_FILTER` and `SNAT_PORTS` are never cleared: a byte that stays set costs a look-up, one that is cleared under a
-//! connection that is just being made costs the connection.
+//! The filters before them age with each walk, so that bystanders are spared whatever was: see [`super::ageing`].
 
 use std::collections::{BTreeMap, HashSet};
 use std::io;
@@ -17,6 +16,7 @@ use proxy_common::abi::{Address, Flow, FlowKey, Port, Protocol, ServiceId, SnatK
 use serde::Serialize;
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::ageing::{Filters, InUse, Places};
 use crate::kernel::table::Table;
 use crate::kernel::{self, Pins};
 use crate::takeover::hand_back;
@@ -112,7 +112,9 @@ pub type Owners = BTreeMap<(Address, Port), ServiceId>;
 #[derive(Debug, Default)]
 pub struct Report {
     /// Which places of `VIPS` connections have, a bit each.
-    vip_places: Vec<u64>,
+    vip_places: Places<VIP_PLACES>,
+    /// Those of the filters.
+    in_use: InUse,
     /// Whether there are connections that netfilter's NAT is to have at once.
     pub to_hand_over: bool,
 }
@@ -120,17 +122,13 @@ pub struct Report {
 impl Report {
     fn note(&mut self, key: &FlowKey, flow: &Flow) {
         self.to_hand_over |= hand_back::goes_at_once(key, flow);
-        let vip = &flow.vip;
-        self.vip_places.resize(VIP_PLACES / 64, 0);
-        let place = vip_place(vip);
-        if let Some(word) = self.vip_places.get_mut(place / 64) {
-            *word |= 1 << (place % 64);
-        }
+        self.vip_places.insert(vip_place(&flow.vip));
+        self.in_use.flow(key);
     }
 
     /// Whether a connection to a VIP of this place was there.
     pub fn is_in_use(&self, place: usize) -> bool {
-        self.vip_places.get(place / 64).is_some_and(|word| word >> (place % 64) & 1 != 0)
+        self.vip_places.contains(place)
     }
 }
 
@@ -226,11 +224,18 @@ impl Flows {
             report.note(&key, &flow);
             live.insert(key, flow);
         }
+        for (key, _) in self.young_snat.entries()? {
+            report.in_use.snat(&key);
+        }
         let snat = self.snat.entries()?;
         tell_full(&mut self.told_full[1], "SNAT", snat.len(), self.snat.limit());
         let mut suspects = HashSet::new();
-        // Those of nobody are looked after elsewhere.
-        for (key, client) in snat.into_iter().filter(|(_, client)| !client.is_nobody()) {
+        for (key, client) in snat {
+            report.in_use.snat(&key);
+            // Those of nobody are looked after elsewhere.
+            if client.is_nobody() {
+                continue;
+            }
             let flow = match live.get(&client) {
                 Some(flow) => Some(*flow),
                 // Made after its table was read?
@@ -385,9 +390,15 @@ pub(super) struct Upkeep {
 }
 
 impl Upkeep {
-    pub(super) fn start(flows: Flows, every: Duration, to: UnboundedSender<Report>) -> io::Result<Self> {
+    pub(super) fn start(
+        flows: Flows,
+        filters: Filters,
+        every: Duration,
+        to: UnboundedSender<Report>,
+    ) -> io::Result<Self> {
         let (orders, ordered) = channel();
-        thread::Builder::new().name("flows".to_owned()).spawn(move || run(flows, every, &ordered, &to))?;
+        let thread = thread::Builder::new().name("flows".to_owned());
+        thread.spawn(move || run(flows, filters, every, &ordered, &to))?;
         Ok(Self { orders })
     }
 
@@ -397,7 +408,13 @@ impl Upkeep {
     }
 }
 
-fn run(mut flows: Flows, every: Duration, orders: &Receiver<Owners>, to: &UnboundedSender<Report>) {
+fn run(
+    mut flows: Flows,
+    mut filters: Filters,
+    every: Duration,
+    orders: &Receiver<Owners>,
+    to: &UnboundedSender<Report>,
+) {
     let mut last = Instant::now();
     loop {
         match orders.recv_timeout(every.saturating_sub(last.elapsed())) {
@@ -416,6 +433,7 @@ fn run(mut flows: Flows, every: Duration, orders: &Receiver<Owners>, to: &Unboun
                 last = Instant::now();
                 match flows.sweep(now_ns()) {
                     Ok(report) => {
+                        filters.age(&report.in_use);
                         if to.send(report).is_err() {
                             return;
                         }

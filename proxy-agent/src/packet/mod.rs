@@ -9,6 +9,7 @@
 //! Only what succeeded is remembered, so what failed is found again by the next comparison. None of it holds up the
 //! programming of Services.
 
+mod ageing;
 mod counted;
 pub mod flows;
 pub mod roles;
@@ -123,7 +124,7 @@ impl PacketPath {
         let read = |what| kernel::Error::path("read", pins.state().join(what));
         let devices_written = devices.entries().map_err(read("DEVICES"))?.into_iter().collect();
         let (to, reports) = unbounded_channel();
-        let upkeep = Upkeep::start(Flows::open(pins)?, options.sweep_every, to);
+        let upkeep = Upkeep::start(Flows::open(pins)?, ageing::Filters::open(pins)?, options.sweep_every, to);
         // A run that ended halfway begins anew.
         let halfway = settings_written.flags & PacketSettings::LEAVE_NEW != 0;
         let fresh = halfway || !devices::hooked(pins)?.values().any(|hooked| *hooked);

@@ -26,7 +26,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use aya::maps::{Array, Map, MapData};
-use proxy_common::abi::packet::{FLOW_PLACES, VIP_PLACES, flow_place, vip_place};
+use proxy_common::abi::packet::{FLOW_PLACES, FRESH, VIP_PLACES, flow_place, vip_place};
 use proxy_common::abi::{BackendId, Flow, FlowKey, FrontendKey, Port, Protocol, ServiceId, SnatKey};
 use proxy_common::decide::Peer;
 
@@ -139,7 +139,7 @@ impl Foreign {
                     self.several_vips.set(0, 1, 0).map_err(io_error)?;
                 }
                 // For the flow of ours that takes its place one day.
-                self.flow_filter.store(flow_place(&place.client, place.port), 1)?;
+                self.flow_filter.store(flow_place(&place.client, place.port), FRESH)?;
                 // Two steps: one of ours that has just begun stays.
                 self.flows.flows.add(&place, &flow)?;
                 if at(&place).is_some() {

@@ -132,6 +132,13 @@ pub const fn vip_place(address: &Address) -> usize {
     (mixed.wrapping_mul(0x9e37_79b1) >> 16) as usize & (VIP_PLACES - 1)
 }
 
+/// A byte of `FLOW_FILTER` or `SNAT_PORTS` that a program has written: an entry of this place has been made, or is about
+/// to be. 0: there is none.
+pub const FRESH: u8 = 1;
+
+/// The same byte once the agent has seen it. Only such a byte does it clear, if it finds no entry of its place later.
+pub const SEEN: u8 = 2;
+
 /// Places of `FLOW_FILTER`: one byte each, not 0 where a flow has, or had, its place. Written by the programs; the agent
 /// ages it.
 pub const FLOW_PLACES: usize = 1 << 18;
@@ -146,7 +153,14 @@ pub const fn flow_place(client: &Address, port: Port) -> usize {
 }
 
 /// Places of `SNAT_PORTS`: one byte for each port, not 0 where a flow has, or had, it as its source.
+/// Written by the programs; the agent ages it.
 pub const SNAT_PLACES: usize = 1 << 16;
+
+/// Where a replaced source port has its place in `SNAT_PORTS`.
+#[inline(always)]
+pub const fn snat_place(port: Port) -> usize {
+    port.raw() as usize
+}
 
 #[cfg(test)]
 mod tests {

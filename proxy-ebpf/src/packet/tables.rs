@@ -10,7 +10,7 @@ use proxy_common::{
         Address, AffinityEntry, AffinityKey, Backend, DatagramFlow, DatagramKey, DatagramOrigin,
         Device as DeviceEntry, Flow, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Outcome,
         PacketSettings, Port, ServiceId, Slot, SnatKey, SourceRange,
-        packet::{flow_place, vip_place},
+        packet::{FRESH, flow_place, snat_place, vip_place},
     },
     decide::{
         Tables,
@@ -101,27 +101,35 @@ macro_rules! byte {
     }};
 }
 
-/// Says in the filter that somebody has this source, or this port inside the node.
+/// Before every entry that is made, also one that only moves to another table: whoever sees it is not to be told that
+/// there is none, and the agent clears no byte that has been written since it last looked.
 #[inline(always)]
-fn mark(key: &SnatKey) {
-    let byte = if key.is_inside() {
+fn mark_flow(client: &Address, port: Port) {
+    if let Some(byte) = byte!(FLOW_FILTER, flow_place(client, port)) {
+        // SAFETY: in bounds.
+        unsafe { byte.write_volatile(FRESH) };
+    }
+}
+
+/// As [`mark_flow`]: somebody has this source, or this port inside the node.
+#[inline(always)]
+fn mark_snat(key: &SnatKey) {
+    if key.is_inside() {
         if let Some(several) = SEVERAL_VIPS.get_ptr_mut(0) {
             // SAFETY: in bounds.
             unsafe { *several = 1 };
         }
-        byte!(FLOW_FILTER, flow_place(&key.snat, key.snat_port))
-    } else {
-        byte!(SNAT_PORTS, key.snat_port.raw() as usize)
-    };
-    if let Some(byte) = byte {
+        mark_flow(&key.snat, key.snat_port);
+    } else if let Some(byte) = byte!(SNAT_PORTS, snat_place(key.snat_port)) {
         // SAFETY: in bounds.
-        unsafe { *byte = 1 };
+        unsafe { byte.write_volatile(FRESH) };
     }
 }
 
 /// Moves a way to a client into the table of those that stay. A function of its own: two keys would not fit on the stack.
 #[inline(never)]
 fn grow_up(key: &SnatKey, client: &FlowKey) -> bool {
+    mark_snat(key);
     if SNAT.insert(key, client, 0).is_err() {
         return false;
     }
@@ -206,10 +214,7 @@ impl PacketTables for Device {
 
     #[inline(always)]
     fn remember_flow(&self, key: &FlowKey, flow: &Flow) -> bool {
-        if let Some(byte) = byte!(FLOW_FILTER, flow_place(&key.client, key.port)) {
-            // SAFETY: in bounds. Before the flow: whoever sees it is not to be told that there is none.
-            unsafe { *byte = 1 };
-        }
+        mark_flow(&key.client, key.port);
         if key.slot != 0
             && let Some(several) = SEVERAL_VIPS.get_ptr_mut(0)
         {
@@ -227,6 +232,7 @@ impl PacketTables for Device {
         if flow.inner_port != Port::new(0) && !grow_up(&flow.inside(key), key) {
             return false;
         }
+        mark_flow(&key.client, key.port);
         if FLOWS.insert(key, flow, 0).is_err() {
             return false;
         }
@@ -236,7 +242,7 @@ impl PacketTables for Device {
 
     #[inline(always)]
     fn may_be_snat(&self, port: Port) -> bool {
-        let Some(byte) = byte!(SNAT_PORTS, port.raw() as usize) else { return true };
+        let Some(byte) = byte!(SNAT_PORTS, snat_place(port)) else { return true };
         // SAFETY: in bounds.
         unsafe { *byte != 0 }
     }
@@ -257,7 +263,7 @@ impl PacketTables for Device {
         if SNAT.get_ptr(key).is_some() {
             return false;
         }
-        mark(key);
+        mark_snat(key);
         YOUNG_SNAT.insert(key, client, BPF_NOEXIST as u64).is_ok()
     }
 
@@ -272,7 +278,7 @@ impl PacketTables for Device {
 
     #[inline(always)]
     fn take_snat(&self, key: &SnatKey, client: &FlowKey) -> bool {
-        mark(key);
+        mark_snat(key);
         let _ = SNAT.remove(key);
         YOUNG_SNAT.insert(key, client, 0).is_ok()
     }
