@@ -48,7 +48,7 @@ pub(crate) fn watch_ingress(ctx: &TcContext) -> i32 {
     };
     if !decide::passes_in(&skb, &Device::of(ctx), v6) {
         // SAFETY: the context is this program's own.
-        let _ = unsafe { PACKET_PROGRAMS.tail_call(ctx, INGRESS) };
+        unsafe { PACKET_PROGRAMS.tail_call(ctx, INGRESS) };
     }
     NEXT
 }
@@ -66,7 +66,7 @@ pub(crate) fn watch_egress(ctx: &TcContext) -> i32 {
     };
     if !decide::passes_out(&skb, &Device::leaving(ctx), v6) {
         // SAFETY: the context is this program's own.
-        let _ = unsafe { PACKET_PROGRAMS.tail_call(ctx, EGRESS) };
+        unsafe { PACKET_PROGRAMS.tail_call(ctx, EGRESS) };
     }
     NEXT
 }
