@@ -54,7 +54,7 @@ const CONTROLLERS: [&str; 5] = [
 const PUTS_AT_ONCE: usize = 128;
 
 /// How much of a log an error quotes.
-const LOG_TAIL_LINES: usize = 20;
+const LOG_LINES: usize = 20;
 
 /// A control plane. It ends when dropped.
 #[derive(Debug)]
@@ -300,9 +300,9 @@ impl ControlPlane {
                 process.check()?;
             }
             if Instant::now() > deadline {
-                let tail = self.api_server.as_ref().map(Process::log_tail).unwrap_or_default();
+                let log = self.api_server.as_ref().map(Process::log_ends).unwrap_or_default();
                 return Err(error).with_context(|| {
-                    format!("the API server was not ready within {READY_WITHIN:?}; its log ends:\n{tail}")
+                    format!("the API server was not ready within {READY_WITHIN:?}; its log:\n{log}")
                 });
             }
             thread::sleep(Duration::from_millis(20));
@@ -353,16 +353,22 @@ impl Process {
 
     pub(super) fn check(&mut self) -> Result<()> {
         if let Some(status) = self.child.try_wait().with_context(|| format!("looking after {}", self.name))? {
-            bail!("{} ended early ({status}); its log ends:\n{}", self.name, self.log_tail());
+            bail!("{} ended early ({status}); its log:\n{}", self.name, self.log_ends());
         }
         Ok(())
     }
 
-    fn log_tail(&self) -> String {
+    /// The log's first and last lines: what is written in Go says why it panics before it says where.
+    fn log_ends(&self) -> String {
         let text = fs::read(&self.log).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
         let lines: Vec<_> = text.lines().collect();
-        lines.get(lines.len().saturating_sub(LOG_TAIL_LINES)..).unwrap_or_default().join("\n")
+        if lines.len() <= 2 * LOG_LINES {
+            return lines.join("\n");
+        }
+        let (head, rest) = lines.split_at(LOG_LINES);
+        let (_, tail) = rest.split_at(rest.len() - LOG_LINES);
+        format!("{}\n[...]\n{}", head.join("\n"), tail.join("\n"))
     }
 
     fn end(mut self) {
