@@ -1,6 +1,7 @@
 //! What the client does: the loops of a slice, and the probers.
 
 use std::{
+    fmt::Display,
     io::{Read, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream, UdpSocket},
     os::fd::{AsRawFd, OwnedFd},
@@ -12,7 +13,8 @@ use anyhow::{Context, Result, bail};
 use nix::{
     libc,
     sys::socket::{
-        AddressFamily, SockFlag, SockType, SockaddrStorage, connect, setsockopt, socket, sockopt::Linger,
+        AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrLike, SockaddrStorage, connect,
+        setsockopt, socket, sockopt::Linger,
     },
 };
 
@@ -35,18 +37,20 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const LOOK_PAUSE: Duration = Duration::from_micros(500);
 
 /// Draws destinations: xorshift64*, which is cheap and good enough not to repeat itself.
-struct Draw<'a> {
-    targets: &'a [SockaddrStorage],
+///
+/// They lie as densely as their family allows: a list that fills the caches would be measured along with the connects.
+struct Draw<'a, A> {
+    targets: &'a [A],
     state: u64,
 }
 
-impl<'a> Draw<'a> {
-    fn new(targets: &'a [SockaddrStorage], seed: u64) -> Self {
+impl<'a, A> Draw<'a, A> {
+    fn new(targets: &'a [A], seed: u64) -> Self {
         // Zero would stay zero.
         Self { targets, state: seed | 1 << 63 }
     }
 
-    fn next(&mut self) -> &'a SockaddrStorage {
+    fn next(&mut self) -> &'a A {
         &self.targets[self.index()]
     }
 
@@ -62,10 +66,28 @@ impl<'a> Draw<'a> {
 }
 
 pub(super) fn run(slice: &Slice, targets: &[SocketAddr]) -> Result<Samples> {
-    let Some(first) = targets.first() else { bail!("no destinations") };
-    let family = family_of(*first);
-    let raw: Vec<_> = targets.iter().map(|target| SockaddrStorage::from(*target)).collect();
-    let mut draw = Draw::new(&raw, slice.seed);
+    let (mut v4, mut v6) = (Vec::new(), Vec::new());
+    for target in targets {
+        match target {
+            SocketAddr::V4(target) => v4.push(SockaddrIn::from(*target)),
+            SocketAddr::V6(target) => v6.push(SockaddrIn6::from(*target)),
+        }
+    }
+    match (v4.is_empty(), v6.is_empty()) {
+        (false, true) => run_in(AddressFamily::Inet, slice, targets, &v4),
+        (true, false) => run_in(AddressFamily::Inet6, slice, targets, &v6),
+        (true, true) => bail!("no destinations"),
+        (false, false) => bail!("destinations of both families"),
+    }
+}
+
+fn run_in<A: SockaddrLike + Display>(
+    family: AddressFamily,
+    slice: &Slice,
+    targets: &[SocketAddr],
+    raw: &[A],
+) -> Result<Samples> {
+    let mut draw = Draw::new(raw, slice.seed);
     if let Some(source) = slice.source {
         for _ in 0..CHECKS {
             let found = source_of(family, draw.next())?;
@@ -148,7 +170,7 @@ pub(super) fn run(slice: &Slice, targets: &[SocketAddr]) -> Result<Samples> {
 fn udp_exchange(
     family: AddressFamily,
     targets: &[SocketAddr],
-    draw: &mut Draw<'_>,
+    draw: &mut Draw<'_, impl SockaddrLike>,
     slices: &mut Collector,
 ) -> Result<()> {
     let local: IpAddr = if family == AddressFamily::Inet {
@@ -180,7 +202,7 @@ pub(super) fn new_socket(family: AddressFamily, kind: SockType) -> Result<OwnedF
     socket(family, kind, SockFlag::SOCK_CLOEXEC, None).context("socket")
 }
 
-fn tcp(family: AddressFamily, target: &SockaddrStorage) -> Result<TcpStream> {
+fn tcp(family: AddressFamily, target: &(impl SockaddrLike + Display)) -> Result<TcpStream> {
     let descriptor = new_socket(family, SockType::Stream)?;
     connect(descriptor.as_raw_fd(), target).with_context(|| format!("connect to {target}"))?;
     Ok(TcpStream::from(descriptor))
@@ -197,7 +219,7 @@ fn round_trip(stream: &mut TcpStream) -> Result<()> {
 }
 
 /// The source address that the kernel gives a new UDP socket towards a destination.
-fn source_of(family: AddressFamily, target: &SockaddrStorage) -> Result<IpAddr> {
+fn source_of(family: AddressFamily, target: &impl SockaddrLike) -> Result<IpAddr> {
     let descriptor = new_socket(family, SockType::Datagram)?;
     connect(descriptor.as_raw_fd(), target).context("connect (UDP)")?;
     Ok(UdpSocket::from(descriptor).local_addr().context("getsockname")?.ip())
@@ -266,8 +288,9 @@ pub(super) fn await_all(targets: &[SocketAddr], source: IpAddr, timeout: Duratio
     let deadline = Instant::now() + timeout;
     let Some(last) = targets.last() else { bail!("no destinations") };
     let family = family_of(*last);
-    let is_led =
-        |target: &SocketAddr| Ok::<_, anyhow::Error>(source_of(family, &(*target).into())? == source);
+    let is_led = |target: &SocketAddr| {
+        Ok::<_, anyhow::Error>(source_of(family, &SockaddrStorage::from(*target))? == source)
+    };
     let late = |what: &SocketAddr| format!("{what} was led nowhere within {timeout:?}");
     while !is_led(last)? {
         if Instant::now() > deadline {
