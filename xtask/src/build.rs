@@ -1,11 +1,19 @@
 //! Builds the binaries, and says where they are.
 
-use std::path::PathBuf;
+use std::{env, path::PathBuf, process::Command};
 
 use anyhow::{Context, Result};
 use serde_json::Value;
 
 use crate::shell::{cargo, output};
+
+/// Set where `SHEAVE_BIN` and `SHEAVE_LAB_CLIENT` say where the binaries are and nothing is to be built or set up.
+pub(crate) const PREPARED: &str = "SHEAVE_PREPARED";
+
+/// Whether this process was told where the binaries are.
+pub(crate) fn is_prepared() -> bool {
+    env::var_os(PREPARED).is_some()
+}
 
 /// How to compile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,20 +37,31 @@ pub(crate) struct Binaries {
 pub(crate) fn build(profile: Profile) -> Result<Binaries> {
     let mut command = cargo()?;
     command.args(["build", "--package", "proxy-agent", "--package", "sheave-tests", "--bins"]);
-    // Artifacts on stdout, for us; diagnostics and progress on stderr, for people.
-    command.arg("--message-format=json-render-diagnostics");
     if profile == Profile::Release {
         command.arg("--release");
     }
-    let messages = output(&mut command)?;
-    let executables: Vec<_> = messages
-        .split(|byte| *byte == b'\n')
-        .filter_map(|line| serde_json::from_slice::<Value>(line).ok())
-        .filter_map(|message| message.get("executable").and_then(Value::as_str).map(PathBuf::from))
-        .collect();
+    let executables = executables(&mut command)?;
     let find = |name: &str| {
         let found = executables.iter().find(|path| path.file_name().is_some_and(|file| file == name));
         found.cloned().with_context(|| format!("cargo built no binary `{name}`"))
     };
     Ok(Binaries { sheave: find("sheave")?, lab_client: find("lab-client")? })
+}
+
+/// Builds a suite of tests.
+pub(crate) fn suite(name: &str) -> Result<PathBuf> {
+    let mut command = cargo()?;
+    command.args(["test", "--package", "sheave-tests", "--no-run", "--test", name]);
+    executables(&mut command)?.pop().with_context(|| format!("cargo built no suite `{name}`"))
+}
+
+/// Runs a command of cargo for the programs that it builds.
+fn executables(command: &mut Command) -> Result<Vec<PathBuf>> {
+    // Artifacts on stdout, for us; diagnostics and progress on stderr, for people.
+    let messages = output(command.arg("--message-format=json-render-diagnostics"))?;
+    let messages = messages.split(|byte| *byte == b'\n');
+    let messages = messages.filter_map(|line| serde_json::from_slice::<Value>(line).ok());
+    Ok(messages
+        .filter_map(|message| message.get("executable").and_then(Value::as_str).map(PathBuf::from))
+        .collect())
 }

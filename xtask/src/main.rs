@@ -8,6 +8,7 @@ mod kubernetes;
 mod lint;
 mod setup;
 mod shell;
+mod vm;
 
 use std::{
     ffi::OsString,
@@ -51,13 +52,15 @@ enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
+    /// Runs a command under another kernel, in a virtual machine: cargo xtask vm --kernel 6.1 -- verifier
+    Vm(vm::Options),
     /// Checks format, lints, licences and sources of dependencies
     Lint,
 }
 
 fn main() -> ExitCode {
     match run_verb(Verb::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(status) => status,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
@@ -65,8 +68,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn run_verb(verb: Verb) -> Result<()> {
-    match verb {
+fn run_verb(verb: Verb) -> Result<ExitCode> {
+    let done = match verb {
         Verb::Setup => everything(),
         Verb::Build { release } => {
             setup::toolchain()?;
@@ -80,6 +83,7 @@ fn run_verb(verb: Verb) -> Result<()> {
             let error = Command::new(&binaries.sheave).arg("run").args(arguments).exec();
             Err(error).with_context(|| format!("running {}", binaries.sheave.display()))
         }
+        Verb::Demo if build::is_prepared() => demo::run(),
         Verb::Demo => {
             part("setup", || {
                 setup::toolchain()?;
@@ -88,7 +92,7 @@ fn run_verb(verb: Verb) -> Result<()> {
             part("build", || build(Profile::Dev))?;
             demo::run()
         }
-        Verb::Bench(options) if bench::is_prepared() => bench::run(&options),
+        Verb::Bench(options) if build::is_prepared() => bench::run(&options),
         Verb::Bench(options) => {
             part("setup", || {
                 setup::toolchain()?;
@@ -100,11 +104,13 @@ fn run_verb(verb: Verb) -> Result<()> {
             bench::prepared(&binaries)
         }
         Verb::Test { arguments } => test(&arguments),
+        Verb::Vm(options) => return vm::run(&options),
         Verb::Lint => {
             setup::toolchain()?;
             lint::check()
         }
-    }
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }
 
 /// What building and every test need.

@@ -40,6 +40,9 @@ const COMMANDS: [(&str, &str); 7] = [
 /// What the benchmark runs besides.
 const BENCH_COMMANDS: [(&str, &str); 1] = [("wrk", "wrk")];
 
+/// What boots a virtual machine, besides what every Debian has.
+const VM_COMMANDS: [(&str, &str); 2] = [("qemu-system-x86_64", "qemu-system-x86"), ("cpio", "cpio")];
+
 /// What building needs.
 pub(crate) fn toolchain() -> Result<()> {
     components()?;
@@ -55,6 +58,11 @@ pub(crate) fn commands() -> Result<()> {
 /// What the benchmark runs.
 pub(crate) fn bench_commands() -> Result<()> {
     bring(&[&COMMANDS[..], &BENCH_COMMANDS].concat())
+}
+
+/// What a virtual machine needs of this one.
+pub(crate) fn vm_commands() -> Result<()> {
+    bring(&VM_COMMANDS)
 }
 
 fn bring(commands: &[(&str, &str)]) -> Result<()> {

@@ -49,9 +49,6 @@ use crate::{
 /// Half the width of the interval around one that two equal arms may have.
 pub(crate) const NOISE_MAX: f64 = 0.02;
 
-/// Set once the binaries are found through variables.
-const PREPARED: &str = "SHEAVE_BENCH_PREPARED";
-
 /// Set by Ctrl-C.
 static STOPPED: AtomicBool = AtomicBool::new(false);
 
@@ -164,11 +161,6 @@ impl Options {
     }
 }
 
-/// Whether this process was told where the binaries are.
-pub(crate) fn is_prepared() -> bool {
-    env::var_os(PREPARED).is_some()
-}
-
 /// Becomes the same command with the binaries in variables: the lab finds them by these, and a process cannot safely
 /// change its own.
 pub(crate) fn prepared(binaries: &Binaries) -> Result<()> {
@@ -177,7 +169,7 @@ pub(crate) fn prepared(binaries: &Binaries) -> Result<()> {
         .args(env::args_os().skip(1))
         .env("SHEAVE_BIN", &binaries.sheave)
         .env("SHEAVE_LAB_CLIENT", &binaries.lab_client)
-        .env(PREPARED, "1")
+        .env(crate::build::PREPARED, "1")
         .exec();
     Err(error).context("starting the benchmark")
 }
