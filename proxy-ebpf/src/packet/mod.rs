@@ -290,7 +290,9 @@ extern "C" fn packet_replace_source(skb: *mut __sk_buff) -> i32 {
 #[inline(never)]
 extern "C" fn packet_claim(skb: *mut __sk_buff) -> u32 {
     let ctx = TcContext::new(skb);
-    let Some((key, client)) = CLAIM.get(0) else { return 0 };
+    let Some(claim) = CLAIM.get_ptr_mut(0) else { return 0 };
+    // SAFETY: a per-CPU slot, used by the packet that is on this CPU.
+    let (key, client) = unsafe { &mut *claim };
     decide::claim_port(&Device::of(&ctx), key, client).map_or(0, |port| port.raw() as u32)
 }
 

@@ -256,7 +256,7 @@ impl PacketTables for Maps {
     }
 
     fn claim_port(&self, key: &SnatKey, client: &FlowKey) -> Option<Port> {
-        packet::claim_port(self, key, client)
+        packet::claim_port(self, &mut { *key }, client)
     }
 
     fn take_snat(&self, key: &SnatKey, client: &FlowKey) -> bool {

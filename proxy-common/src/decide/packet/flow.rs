@@ -134,11 +134,10 @@ pub(super) fn make_way<T: PacketTables>(tables: &T, key: &FlowKey, entry: &T::En
 }
 
 /// A port that nobody else with this backend has, and now this client: of a replaced source, or inside the node. `key` has
-/// any port.
+/// any port, and then that one: on a kernel before 6.9 there is no room for a copy on the stack.
 #[inline(always)]
-pub fn claim_port(tables: &impl PacketTables, key: &SnatKey, client: &FlowKey) -> Option<Port> {
+pub fn claim_port(tables: &impl PacketTables, key: &mut SnatKey, client: &FlowKey) -> Option<Port> {
     let settings = tables.settings()?;
-    let mut key = *key;
     for _ in 0..TRIES {
         let offset = (tables.random() as u64 * settings.snat_count as u64) >> 32;
         key.snat_port = Port::new(settings.snat_first.wrapping_add(low(offset)));
@@ -146,8 +145,7 @@ pub fn claim_port(tables: &impl PacketTables, key: &SnatKey, client: &FlowKey) -
         if key.is_inside() && tables.may_be_flow(&key.snat, key.snat_port) {
             continue;
         }
-        if tables.claim_snat(&key, client) || is_left(tables, &key, client) && tables.take_snat(&key, client)
-        {
+        if tables.claim_snat(key, client) || is_left(tables, key, client) && tables.take_snat(key, client) {
             return Some(key.snat_port);
         }
     }

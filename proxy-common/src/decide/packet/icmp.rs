@@ -179,7 +179,7 @@ fn translate(
         difference = add(difference, ports);
         // Of TCP only the first eight bytes are sure to be quoted, and its checksum is not among them.
         if let Some(Protocol::Udp) = inner.transport()
-            && let Some(at) = checksum_at(Protocol::Udp, inner.l4)
+            && let at = checksum_at(Protocol::Udp, inner.l4)
             && let Some(checksum) = packet.load16(at)
             && checksum != 0
         {

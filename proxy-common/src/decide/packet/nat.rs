@@ -24,13 +24,13 @@ pub(super) fn rewrite(packet: &mut impl Packet, headers: &Headers, side: Side, t
     }
     let protocol = headers.transport()?;
     let checksum = checksum_at(protocol, headers.l4);
-    if let Some(at) = checksum {
+    if checksum != NO_CHECKSUM {
         // All of it or nothing: a packet that is cut off before its checksum stays as it is.
-        packet.load16(at)?;
+        packet.load16(checksum)?;
     }
     let moved = store_address(packet, L2_BYTES, headers.v6, side, old.0, to.0)?;
-    if let Some(at) = checksum {
-        packet.fix_checksum(at, moved, Covers::PseudoHeader, matches!(protocol, Protocol::Udp))?;
+    if checksum != NO_CHECKSUM {
+        packet.fix_checksum(checksum, moved, Covers::PseudoHeader, matches!(protocol, Protocol::Udp))?;
     }
     rewrite_port(packet, headers, side, to.1)
 }
@@ -47,9 +47,12 @@ pub(super) fn rewrite_port(packet: &mut impl Packet, headers: &Headers, side: Si
     }
     let protocol = headers.transport()?;
     packet.store16(at, to.raw())?;
-    let Some(at) = checksum_at(protocol, headers.l4) else { return Some(()) };
+    let checksum = checksum_at(protocol, headers.l4);
+    if checksum == NO_CHECKSUM {
+        return Some(());
+    }
     let difference = replaced(0, old.raw() as u32, to.raw() as u32);
-    packet.fix_checksum(at, difference, Covers::Content, matches!(protocol, Protocol::Udp))
+    packet.fix_checksum(checksum, difference, Covers::Content, matches!(protocol, Protocol::Udp))
 }
 
 /// Sends the frame to a link address. A device takes in only what is addressed to it.
@@ -59,13 +62,17 @@ pub fn address_to(packet: &mut impl Packet, mac: [u8; 6]) -> Option<()> {
     packet.store32(2, u32::from_ne_bytes([mac[2], mac[3], mac[4], mac[5]]))
 }
 
-/// Where the checksum lies that covers addresses and ports. SCTP's covers no address, and its ports stay (T2).
+/// Nowhere: the link header lies there.
+pub(super) const NO_CHECKSUM: u32 = 0;
+
+/// Where the checksum lies that covers addresses and ports, or [`NO_CHECKSUM`]: SCTP's covers no address, and its ports
+/// stay (T2). Not an `Option`: kernels before 6.3 refuse a program that keeps an empty one, half of which nobody wrote.
 #[inline(always)]
-pub(super) const fn checksum_at(protocol: Protocol, l4: u32) -> Option<u32> {
+pub(super) const fn checksum_at(protocol: Protocol, l4: u32) -> u32 {
     match protocol {
-        Protocol::Tcp => Some(l4 + 16),
-        Protocol::Udp => Some(l4 + 6),
-        Protocol::Sctp => None,
+        Protocol::Tcp => l4 + 16,
+        Protocol::Udp => l4 + 6,
+        Protocol::Sctp => NO_CHECKSUM,
     }
 }
 

@@ -1,6 +1,8 @@
 //! Rule Z4: the client learns at once that nobody serves it. TCP is answered with a reset: some stacks take an ICMP
 //! error to a connection attempt for a passing trouble. Everything else gets "port unreachable".
 
+use core::hint::black_box;
+
 use super::checksum::{add, fold, replaced};
 use super::headers::{ACK, FIN, ICMP, ICMPV6, RST, SYN};
 use super::{Covers, Headers, L2_BYTES, Packet};
@@ -163,7 +165,9 @@ fn unreachable(packet: &mut impl Packet, headers: &Headers) -> Option<()> {
     } else {
         (ICMP, u32::from_ne_bytes([3, 3, 0, 0]))
     };
-    let at = L2_BYTES + ip_bytes;
+    // Known to the compiler, it is kept in half a register's place, and kernels before 6.3 forget what they knew of that:
+    // each access must bound it again.
+    let at = black_box(L2_BYTES + ip_bytes);
     let bytes = ICMP_BYTES + ip_bytes + QUOTED_BYTES;
     packet.store32(at, kind)?;
     packet.store32(at + 4, 0)?;
