@@ -278,6 +278,7 @@ struct Connections {
     flows: Table<FlowKey, Flow>,
     young: Table<FlowKey, Flow>,
     snat: Table<SnatKey, FlowKey>,
+    young_snat: Table<SnatKey, FlowKey>,
 }
 
 impl Connections {
@@ -287,6 +288,7 @@ impl Connections {
             flows: Table::open(&pins.state(), "FLOWS").unwrap(),
             young: Table::open(&pins.state(), "YOUNG_FLOWS").unwrap(),
             snat: Table::open(&pins.state(), "SNAT").unwrap(),
+            young_snat: Table::open(&pins.state(), "YOUNG_SNAT").unwrap(),
         }
     }
 
@@ -294,10 +296,10 @@ impl Connections {
         let flows = [self.flows.entries().unwrap(), self.young.entries().unwrap()].concat();
         flows.iter().map(|(key, _)| key.port.number()).collect()
     }
+}
 
-    fn replaced(&self) -> BTreeSet<u16> {
-        self.snat.entries().unwrap().iter().map(|(key, _)| key.snat_port.number()).collect()
-    }
+fn replaced_by(table: &Table<SnatKey, FlowKey>) -> BTreeSet<u16> {
+    table.entries().unwrap().iter().map(|(key, _)| key.snat_port.number()).collect()
 }
 
 fn client(port: u16, protocol: u8) -> FlowKey {
@@ -356,11 +358,31 @@ fn old_connections_go() {
     backs.push(with_snat(flow(vip, 80, 0, 0), 20_099, client(1, TCP)).1);
     backs.push(with_snat(flow(vip, 80, 0, 0), 20_098, client(98, TCP)).1);
     assert!(tables.snat.put_all(&backs).is_empty());
-    assert!(tables.young.put_all(&[(client(21, UDP), flow(vip, 53, 0, 0))]).is_empty());
+    let young = |idle_s, flags| Flow { flags, ..flow(vip, 80, idle_s, 0) };
+    let young = [
+        (client(21, UDP), flow(vip, 53, 0, 0)),
+        // An open one for which there was no room.
+        (client(22, TCP), young(700, Flow::HEARD | Flow::CROWDED_OUT)),
+        (client(31, UDP), young(31, 0)),
+        (client(32, TCP), young(121, 0)),
+        (client(33, TCP), young(61, Flow::HEARD)),
+        (client(34, 132), young(121, 0)),
+        // What was left when it grew up.
+        (client(1, TCP), young(700, Flow::HEARD)),
+    ];
+    let mut ways = Vec::new();
+    for (key, flow) in &young {
+        let (flow, way) = with_snat(*flow, 20_000 + key.port.number(), *key);
+        assert!(tables.young.put_all(&[(*key, flow)]).is_empty());
+        ways.push(way);
+    }
+    assert!(tables.young_snat.put_all(&ways).is_empty());
     eventually("old connections are gone", || {
-        ensure!(tables.clients() == BTreeSet::from([1, 2, 3, 4, 5, 21]), "{:?}", tables.clients());
+        ensure!(tables.clients() == BTreeSet::from([1, 2, 3, 4, 5, 21, 22]), "{:?}", tables.clients());
         let replaced = BTreeSet::from([20_001, 20_002, 20_003, 20_004, 20_005]);
-        ensure!(tables.replaced() == replaced, "{:?}", tables.replaced());
+        ensure!(replaced_by(&tables.snat) == replaced, "{:?}", replaced_by(&tables.snat));
+        let young = BTreeSet::from([20_001, 20_021, 20_022]);
+        ensure!(replaced_by(&tables.young_snat) == young, "{:?}", replaced_by(&tables.young_snat));
         Ok(())
     })
     .unwrap();
@@ -372,7 +394,7 @@ fn old_connections_go() {
         let client = format!("192.0.2.9:{port}");
         rows.iter().find(|row| row["client"] == json!(client)).unwrap()
     };
-    assert_eq!(rows.len(), 6);
+    assert_eq!(rows.len(), 7);
     let first = row(1);
     assert_eq!(
         (&first["protocol"], &first["vip"], &first["state"]),
@@ -383,11 +405,11 @@ fn old_connections_go() {
         (&json!(format!("10.244.1.11:{TARGET}")), &json!("172.18.0.2:20001"))
     );
     assert!(first["idle_seconds"].as_u64().unwrap() >= 700);
-    assert_eq!((&row(4)["state"], &row(21)["snat"]), (&json!("closing"), &Value::Null));
+    assert_eq!((&row(4)["state"], &row(22)["state"]), (&json!("closing"), &json!("answered")));
     let text = String::from_utf8(sheave(node, &["get", "flows"]).unwrap().stdout).unwrap();
     assert!(text.starts_with("CLIENT") && text.contains("192.0.2.9:5"), "{text}");
     let status = scene.agent().unwrap().status().unwrap();
-    assert_eq!((&status["flows"]["flows"], &status["flows"]["young_flows"]), (&json!(5), &json!(1)));
+    assert_eq!((&status["flows"]["flows"], &status["flows"]["young_flows"]), (&json!(5), &json!(3)));
 }
 
 /// C2, C3, C4, C7: datagram flows leave a VIP's former owner when the new one serves, and nothing else does.
@@ -416,7 +438,7 @@ fn c2_c3_datagram_flows_of_a_former_owner_go_when_the_new_one_serves() {
     scene.apply("dns", &web(&scene, "dns", &[vip], &[0])).unwrap();
     eventually("flows of nobody's go", || {
         ensure!(tables.clients() == BTreeSet::from([2, 3, 4]), "{:?}", tables.clients());
-        ensure!(tables.replaced().is_empty());
+        ensure!(replaced_by(&tables.snat).is_empty());
         Ok(())
     })
     .unwrap();

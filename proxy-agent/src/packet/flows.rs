@@ -33,6 +33,12 @@ pub mod idle_s {
     pub const OVER: u64 = 30;
     /// UDP, as netfilter keeps what was answered.
     pub const DATAGRAM: u64 = 120;
+    /// TCP that was not answered: as long as netfilter waits, and clients with it.
+    pub const ASKED: u64 = 120;
+    /// TCP and SCTP that were answered and whose client has not gone on.
+    pub const HALF_OPEN: u64 = 60;
+    /// UDP that was not answered, as netfilter keeps it.
+    pub const DATAGRAM_ASKED: u64 = 30;
 }
 
 /// How far a connection is.
@@ -66,7 +72,7 @@ impl State {
             Self::Foreign
         } else if flow.flags & (Flow::RESET | Flow::CLIENT_FIN | Flow::BACKEND_FIN) != 0 {
             Self::Closing
-        } else if flow.flags & Flow::ANSWERED != 0 {
+        } else if flow.is_answered() {
             Self::Answered
         } else {
             Self::Young
@@ -76,12 +82,21 @@ impl State {
 
 /// Seconds without a packet after which a connection goes.
 pub fn idle_limit_s(key: &FlowKey, flow: &Flow) -> u64 {
+    let is_young = flow.flags & (Flow::ANSWERED | Flow::CROWDED_OUT) == 0;
     match Protocol::from_number(key.protocol) {
         Some(Protocol::Tcp) if flow.is_over() => idle_s::OVER,
         Some(Protocol::Tcp) if flow.flags & (Flow::CLIENT_FIN | Flow::BACKEND_FIN) != 0 => {
             idle_s::HALF_CLOSED
         }
+        Some(Protocol::Tcp | Protocol::Sctp) if is_young => {
+            if flow.is_answered() {
+                idle_s::HALF_OPEN
+            } else {
+                idle_s::ASKED
+            }
+        }
         Some(Protocol::Tcp | Protocol::Sctp) => idle_s::OPEN,
+        Some(Protocol::Udp) if !flow.is_answered() && !flow.is_foreign() => idle_s::DATAGRAM_ASKED,
         Some(Protocol::Udp) | None => idle_s::DATAGRAM,
     }
 }
@@ -158,7 +173,7 @@ pub struct Flows {
     /// Replaced sources without a connection in the last walk. They go if the next one finds the same: a program may
     /// just have been between its two writes.
     suspects: HashSet<SnatKey>,
-    told_full: [bool; 2],
+    told_full: [bool; 3],
 }
 
 impl Flows {
@@ -173,7 +188,7 @@ impl Flows {
             young_snat: Table::open(&pins.state(), "YOUNG_SNAT")?,
             snat: Table::open(&pins.state(), "SNAT")?,
             suspects: HashSet::new(),
-            told_full: [false; 2],
+            told_full: [false; 3],
         })
     }
 
@@ -210,8 +225,14 @@ impl Flows {
     pub fn sweep(&mut self, now_ns: u64) -> io::Result<Report> {
         let mut report = Report::default();
         let mut live: BTreeMap<FlowKey, Flow> = BTreeMap::new();
-        for (key, flow) in self.young.entries()? {
-            // Nobody waits for those that nobody answers: the table turns over by itself.
+        // The table turns over by itself, but only when there are new ones: what is left of old ones would be looked up for
+        // bystanders for ever.
+        let young = self.young.entries()?;
+        tell_young_full(&mut self.told_full[2], young.len(), self.young.limit());
+        for (key, flow) in young {
+            if is_dead(&key, &flow, now_ns) && self.remove_dead_young(&key, now_ns)? {
+                continue;
+            }
             report.note(&key, &flow);
             live.insert(key, flow);
         }
@@ -296,6 +317,24 @@ impl Flows {
         Ok(true)
     }
 
+    /// The same for a young one. What has grown up since it was read stays, and all that leads to it.
+    fn remove_dead_young(&mut self, key: &FlowKey, now_ns: u64) -> io::Result<bool> {
+        let Some(flow) = self.young.get(key)? else { return Ok(true) };
+        if !is_dead(key, &flow, now_ns) {
+            return Ok(false);
+        }
+        if self.flows.get(key)?.is_some() {
+            return Ok(true);
+        }
+        self.young.remove(key)?;
+        for companion in companions(key, &flow) {
+            if self.young_snat.get(&companion)? == Some(*key) {
+                self.young_snat.remove(&companion)?;
+            }
+        }
+        Ok(true)
+    }
+
     /// Writes what the connection is now, in the table that has it.
     ///
     /// # Errors
@@ -338,6 +377,21 @@ fn tell_full(told: &mut bool, table: &str, entries: usize, limit: u32) {
         *told = true;
         tracing::error!(table, limit, "a table of the packet path is full: new connections are not served");
     } else if entries < limit - limit / 10 {
+        *told = false;
+    }
+}
+
+/// Nothing is refused then, but what is thrown out has to begin again.
+fn tell_young_full(told: &mut bool, entries: usize, limit: u32) {
+    let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+    if entries >= limit - limit / 100 && !*told {
+        *told = true;
+        tracing::warn!(
+            table = "YOUNG_FLOWS",
+            limit,
+            "connections come faster than their clients go on with them: a flood? The oldest give way to new ones; those              that have gone on stay"
+        );
+    } else if entries < limit / 2 {
         *told = false;
     }
 }
@@ -472,6 +526,22 @@ mod tests {
         assert_eq!(dies_after(Protocol::Tcp, Flow::RESET), 30);
         assert_eq!(dies_after(Protocol::Udp, 0), 120);
         assert_eq!(dies_after(Protocol::Sctp, 0), 86_400);
+    }
+
+    #[test]
+    fn young_ones_die_sooner() {
+        let limit = |protocol: Protocol, flags| {
+            let key = FlowKey::new(Address::default(), Port::new(1), protocol.number());
+            idle_limit_s(&key, &Flow { flags, ..Flow::default() })
+        };
+        for protocol in [Protocol::Tcp, Protocol::Sctp] {
+            assert_eq!((limit(protocol, 0), limit(protocol, Flow::HEARD)), (120, 60));
+            // A connection for which there was no room is one all the same.
+            assert_eq!(limit(protocol, Flow::HEARD | Flow::CROWDED_OUT), 86_400);
+        }
+        assert_eq!(limit(Protocol::Tcp, Flow::HEARD | Flow::RESET), 30);
+        assert_eq!((limit(Protocol::Udp, 0), limit(Protocol::Udp, Flow::HEARD)), (30, 120));
+        assert_eq!(limit(Protocol::Udp, Flow::FOREIGN), 120);
     }
 
     #[test]

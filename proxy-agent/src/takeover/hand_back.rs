@@ -92,7 +92,7 @@ fn leave_new(pins: &Pins) -> Result<(), kernel::Error> {
 /// Whether a connection can be handed over: not an unanswered one of TCP, whose client begins it again, nor what has not
 /// left yet. SCTP associations cannot.
 pub fn is_due(key: &FlowKey, flow: &Flow) -> bool {
-    let (own, answered) = (flow.flags & Flow::OWN_NODE != 0, flow.flags & Flow::ANSWERED != 0);
+    let (own, answered) = (flow.flags & Flow::OWN_NODE != 0, flow.is_answered());
     // M10: to a backend that is the node itself it never leaves, but is answered.
     let unsent = flow.needs_snat() && !own && !answered && flow.snat_port == Port::default();
     let begun = match Protocol::from_number(key.protocol) {
@@ -126,7 +126,7 @@ pub(super) fn hand_over(flows: &mut Flows, conntrack: &Conntrack, key: &FlowKey)
     let held = Flow { flags: flow.flags | Flow::HELD, ..flow };
     flows.replace(key, &held)?;
     let instead = [tuple(client, backend), tuple(client, vip), tuple(source, backend)];
-    let answered = flow.flags & Flow::ANSWERED != 0;
+    let answered = flow.is_answered();
     let result = conntrack.adopt(&connection, answered, &instead);
     if let Err(error) = result {
         flows.replace(key, &Flow { flags: flow.flags & !Flow::HELD, ..flow })?;
@@ -150,6 +150,7 @@ mod tests {
         };
         assert!(due(Protocol::Udp, 0, 0) && due(Protocol::Udp, Flow::HELD, 0));
         assert!(due(Protocol::Tcp, Flow::ANSWERED, 0) && !due(Protocol::Tcp, 0, 0));
+        assert!(due(Protocol::Tcp, Flow::HEARD, 0));
         assert!(due(Protocol::Tcp, Flow::ANSWERED | Flow::CLIENT_FIN, 0));
         assert!(!due(Protocol::Tcp, Flow::ANSWERED | Flow::RESET, 0));
         assert!(!due(Protocol::Sctp, Flow::ANSWERED, 0) && !due(Protocol::Udp, Flow::FOREIGN, 0));

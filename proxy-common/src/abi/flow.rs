@@ -105,7 +105,7 @@ layout!(
 impl Flow {
     /// The source must be replaced when the packet leaves (rule M).
     pub const NEEDS_SNAT: u32 = 1;
-    /// The backend has answered.
+    /// The backend has answered, and the client has gone on: it is in `FLOWS`.
     pub const ANSWERED: u32 = 2;
     /// The client has ended its direction (TCP FIN).
     pub const CLIENT_FIN: u32 = 4;
@@ -137,8 +137,17 @@ impl Flow {
         self.flags & Self::HELD != 0
     }
 
-    /// The backend has answered, but `FLOWS` had no room.
+    /// The backend has answered. Its client need not exist: whoever floods a backend that answers has senders of its
+    /// invention.
     pub const HEARD: u32 = 256;
+    /// The client has gone on after that, but `FLOWS` had no room.
+    pub const CROWDED_OUT: u32 = 512;
+
+    /// Whether the backend has answered.
+    #[inline(always)]
+    pub const fn is_answered(&self) -> bool {
+        self.flags & (Self::ANSWERED | Self::HEARD) != 0
+    }
 
     /// Whether nothing more is expected: the client's port may be used for a new connection.
     #[inline(always)]

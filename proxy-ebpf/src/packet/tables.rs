@@ -20,8 +20,8 @@ use proxy_common::{
 
 use super::{route, skb::Skb};
 use crate::maps::{
-    CLAIM, CLUSTER_IPS, DEVICES, FLOW_FILTER, FLOWS, FRAGMENTS, Maps, PACKET_SETTINGS, SEVERAL_VIPS, SNAT,
-    SNAT_PORTS, SOURCE_RANGES, VIPS, YOUNG_FLOWS, YOUNG_SNAT, count,
+    CLAIM, CLUSTER_IPS, DEVICES, FLOW, FLOW_FILTER, FLOWS, FRAGMENTS, Maps, PACKET_SETTINGS, SEVERAL_VIPS,
+    SNAT, SNAT_PORTS, SOURCE_RANGES, VIPS, YOUNG_FLOWS, YOUNG_SNAT, count,
 };
 
 /// The maps, and the device whose hook this is.
@@ -225,7 +225,12 @@ impl PacketTables for Device {
     }
 
     #[inline(always)]
-    fn grow_up(&self, key: &FlowKey, flow: &Flow) -> bool {
+    fn grow_up(&self, key: &FlowKey, entry: &Entry, change: impl Fn(&mut Flow)) -> bool {
+        let Some(grown) = FLOW.get_ptr_mut(0) else { return false };
+        // SAFETY: a per-CPU slot, used by the packet that is on this CPU; a flow would not fit on the stack.
+        let flow = unsafe { &mut *grown };
+        *flow = *entry.flow();
+        change(flow);
         if flow.snat_port != Port::new(0) && !grow_up(&flow.way_back(key.protocol), key) {
             return false;
         }
@@ -260,7 +265,9 @@ impl PacketTables for Device {
 
     #[inline(always)]
     fn claim_snat(&self, key: &SnatKey, client: &FlowKey) -> bool {
-        if SNAT.get_ptr(key).is_some() {
+        // A full LRU table throws an entry out before it looks whether the key is there already: each port that is tried
+        // in vain would cost somebody else's.
+        if SNAT.get_ptr(key).is_some() || YOUNG_SNAT.get_ptr(key).is_some() {
             return false;
         }
         mark_snat(key);

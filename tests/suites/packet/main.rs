@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "the helpers of tests fail as tests do")]
 
 mod devices;
+mod flood;
 mod flows;
 mod frames;
 mod refusal;

@@ -31,6 +31,8 @@ mount -t cgroup2 cgroup /sys/fs/cgroup
 mount -t bpf bpf /sys/fs/bpf
 stty -F /dev/ttyS0 raw -echo
 /usr/sbin/depmod
+# The one that nothing asks for by itself.
+/usr/sbin/modprobe br_netfilter
 ip link set lo up
 dash /sheave/command
 echo $? >/dev/ttyS1

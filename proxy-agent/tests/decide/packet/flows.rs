@@ -223,13 +223,13 @@ fn m11_several_vips_on_one_port() {
             node.maps.lab.plain(n, &[n.into()]);
         }
         let pod = node.pod(40_000);
-        let go = |n: u8| {
+        let go = |n: u8, carries: &Carries| {
             let (vip, backend) = (node.vip(n), node.backend(n.into()));
             node.translates(&build(carries.clone(), pod, vip), (pod, backend), (pod, backend));
-            node.translates(&build(reply(&carries), backend, pod), (backend, pod), (vip, pod));
+            node.translates(&build(reply(carries), backend, pod), (backend, pod), (vip, pod));
         };
-        (1..=4).for_each(go);
-        (1..=4).rev().for_each(go);
+        (1..=4).for_each(|n| go(n, &carries));
+        (1..=4).rev().for_each(|n| go(n, &going_on(&carries)));
         let mut slots: Vec<u8> = node.maps.grown.all().iter().map(|(key, _)| key.slot).collect();
         slots.sort_unstable();
         assert_eq!(slots, [0, 1, 2, 3]);
@@ -287,7 +287,7 @@ fn more_vips_than_slots() {
     });
 }
 
-/// A flow grows up with its first answer, with its replaced source; packets find it as before.
+/// A flow grows up when its client goes on after the first answer, with its replaced source; packets find it as before.
 #[test]
 fn young_flows_grow_up() {
     each(|v6, carries| {
@@ -300,11 +300,54 @@ fn young_flows_grow_up() {
         };
         assert_eq!(sizes(), [1, 1, 0, 0]);
         let before = node.flow();
+        let answer = build(reply(&carries), backend, source);
+        node.translates(&answer, (backend, client), (vip, client));
+        assert_eq!(sizes(), [1, 1, 0, 0]);
+        assert_eq!(node.flow().flags, before.flags | Flow::HEARD);
         node.maps.lab.pass_s(3);
-        node.translates(&build(reply(&carries), backend, source), (backend, client), (vip, client));
+        node.translates(&build(going_on(&carries), client, vip), (client, backend), (source, backend));
         assert_eq!(sizes(), [0, 0, 1, 1]);
         let now = node.maps.lab.tables.now_ns.get();
-        assert_eq!(node.flow(), Flow { flags: before.flags | Flow::ANSWERED, used_ns: now, ..before });
+        let flags = before.flags | Flow::HEARD | Flow::ANSWERED;
+        assert_eq!(node.flow(), Flow { flags, used_ns: now, ..before });
+        node.translates(&answer, (backend, client), (vip, client));
+    });
+}
+
+/// A backend that answers whoever asks fills no table: neither with its first packet, however often it sends that, nor with
+/// a refusal. What is still answered after a while is a connection all the same.
+#[test]
+fn answers_alone_make_nobody_grow_up() {
+    each(|v6, carries| {
+        let node = Node::of(v6, &carries);
+        let (pod, vip, backend) = (node.pod(40_000), node.vip(1), node.backend(1));
+        node.translates(&build(carries.clone(), pod, vip), (pod, backend), (pod, backend));
+        let answers = |carries: Carries| {
+            node.translates(&build(carries, backend, pod), (backend, pod), (vip, pod));
+            node.maps.grown.all().len()
+        };
+        for _ in 0..3 {
+            assert_eq!(answers(reply(&carries)), 0);
+        }
+        node.maps.lab.pass_s(2);
+        if let Carries::Tcp { .. } = carries {
+            assert_eq!(answers(tcp(SYN | ACK)), 0);
+            node.maps.lab.pass_s(2);
+            // The client's packets take another way.
+            assert_eq!(answers(tcp(ACK)), 1);
+        } else {
+            assert_eq!(answers(reply(&carries)), 1);
+        }
+    });
+    both(|v6| {
+        let node = Node::new(v6);
+        let (pod, vip, backend) = (node.pod(40_000), node.vip(1), node.backend(1));
+        node.reaches(&syn(pod, vip));
+        node.translates(&build(tcp(RST | ACK), backend, pod), (backend, pod), (vip, pod));
+        node.maps.lab.pass_s(2);
+        node.translates(&build(tcp(RST | ACK), backend, pod), (backend, pod), (vip, pod));
+        node.translates(&build(tcp(RST), pod, vip), (pod, backend), (pod, backend));
+        assert!(node.maps.grown.all().is_empty());
     });
 }
 
@@ -322,14 +365,15 @@ fn no_room_for_grown_flows() {
             node.translates(&packet, (backend, client), (vip, client));
         };
         answer(SYN | ACK);
-        assert!(node.maps.counted().contains(&("packet_flows_full", 2)));
-        let flags = Flow::NEEDS_SNAT | Flow::HEARD;
+        node.passes(&build(tcp(ACK), client, vip).frame());
+        assert!(node.maps.counted().contains(&("packet_flows_full", 1)));
+        let flags = Flow::NEEDS_SNAT | Flow::HEARD | Flow::CROWDED_OUT;
         assert_eq!((node.maps.young.all().len(), node.flow().flags), (1, flags));
         answer(FIN | ACK);
         node.passes(&build(tcp(FIN | ACK), client, vip).frame());
         assert!(node.flow().is_over());
         node.maps.grown.room.set(1);
-        answer(ACK);
+        node.passes(&build(tcp(ACK), client, vip).frame());
         assert_eq!((node.maps.young.all().len(), node.maps.grown.all().len()), (0, 1));
         assert!(node.flow().is_over());
     });

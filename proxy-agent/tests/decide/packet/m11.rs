@@ -62,6 +62,12 @@ fn two_vips_with_one_backend() {
                     node.translates(&answer, (backend, clients[n]), (vip, client));
                 }
             }
+            for (n, request) in requests.iter().enumerate() {
+                let request = build(going_on(&carries), client, request.to);
+                for _ in 0..2 {
+                    node.translates(&request, (clients[n], backend), (seen[n], backend));
+                }
+            }
             let ways = |table: &std::cell::RefCell<std::collections::BTreeMap<_, _>>| table.borrow().len();
             let expected = if from_outside { 5 } else { 2 };
             assert_eq!((ways(&node.maps.young_snat), ways(&node.maps.grown_snat)), (0, expected));
@@ -199,6 +205,7 @@ fn a_vip_with_another_source_after_the_backend_itself() {
             assert_ne!(other, client);
             node.translates(&request, (other, backend), (source, backend));
             node.translates(&build(tcp(SYN | ACK), backend, source), (backend, other), (vip, client));
+            node.translates(&request, (other, backend), (source, backend));
             assert!(node.maps.young_snat.borrow().is_empty(), "nothing of it may be thrown out");
         }
     });

@@ -350,3 +350,8 @@ fn both(test: impl Fn(bool)) {
 fn reply(carries: &Carries) -> Carries {
     if matches!(carries, Carries::Tcp { .. }) { tcp(SYN | ACK) } else { carries.clone() }
 }
+
+/// What the client sends then.
+fn going_on(carries: &Carries) -> Carries {
+    if matches!(carries, Carries::Tcp { .. }) { tcp(ACK) } else { carries.clone() }
+}

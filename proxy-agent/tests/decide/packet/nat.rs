@@ -12,9 +12,10 @@ fn a_vip_becomes_a_backend_and_back() {
         assert_eq!(node.flow().flags, 0);
         let answer = build(reply(&carries), backend, pod).with(|build| build.payload = b"odd".to_vec());
         node.translates(&answer, (backend, pod), (vip, pod));
-        assert_eq!(node.flow().flags, Flow::ANSWERED);
-        // And it goes on, with the flow grown up.
-        node.translates(&build(carries, pod, vip), (pod, backend), (pod, backend));
+        assert_eq!(node.flow().flags, Flow::HEARD);
+        // And it goes on: the flow grows up.
+        node.translates(&build(going_on(&carries), pod, vip), (pod, backend), (pod, backend));
+        assert_eq!(node.flow().flags, Flow::HEARD | Flow::ANSWERED);
         node.translates(&answer, (backend, pod), (vip, pod));
     });
 }
@@ -36,8 +37,9 @@ fn m7_a_source_is_replaced_and_restored() {
         node.translates(&request, (client, backend), (source, backend));
         let answer = build(reply(&carries), backend, source).with(|build| build.payload = b"odd".to_vec());
         node.translates(&answer, (backend, client), (vip, client));
-        assert_eq!(node.flow().flags, Flow::ANSWERED | Flow::NEEDS_SNAT);
-        node.translates(&request, (client, backend), (source, backend));
+        assert_eq!(node.flow().flags, Flow::HEARD | Flow::NEEDS_SNAT);
+        node.translates(&build(going_on(&carries), client, vip), (client, backend), (source, backend));
+        assert_eq!(node.flow().flags, Flow::HEARD | Flow::ANSWERED | Flow::NEEDS_SNAT);
         node.translates(&answer, (backend, client), (vip, client));
     });
 }

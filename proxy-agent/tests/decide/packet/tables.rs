@@ -223,7 +223,10 @@ impl PacketTables for Maps {
         self.young.insert(key, flow)
     }
 
-    fn grow_up(&self, key: &FlowKey, flow: &Flow) -> bool {
+    fn grow_up(&self, key: &FlowKey, entry: &Entry, change: impl Fn(&mut Flow)) -> bool {
+        let mut flow = *entry.flow();
+        change(&mut flow);
+        let flow = &flow;
         let snat = (flow.snat_port != Port::new(0)).then(|| flow.way_back(key.protocol));
         let inside = (flow.inner_port != Port::new(0)).then(|| flow.inside(key));
         for way in snat.into_iter().chain(inside) {

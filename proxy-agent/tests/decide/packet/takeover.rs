@@ -2,6 +2,7 @@
 
 use super::*;
 use proxy_common::abi::{BackendId, BackendState, SnatKey};
+use proxy_common::decide::packet::PacketTables;
 
 fn leave_new(node: &mut Node, leaves: bool) {
     let flags = &mut node.settings().flags;
@@ -21,7 +22,8 @@ fn seed(node: &Node, client: SocketAddr, carries: &Carries, backend: BackendId) 
         flags: Flow::FOREIGN | Flow::ANSWERED,
         ..Flow::default()
     };
-    assert!(packet::PacketTables::grow_up(&node.maps, &key, &flow));
+    assert!(node.maps.remember_flow(&key, &flow));
+    assert!(node.maps.grow_up(&key, &node.maps.flow(&key).unwrap(), |_| {}));
 }
 
 /// While flows change hands, what begins is another proxy's: TCP without a note, datagrams with one, so that they stay
@@ -195,8 +197,8 @@ fn a_flow_that_changes_hands_waits() {
             node.translates(&request, (pod, backend), (pod, backend));
             let answer = build(reply(&carries), backend, pod);
             node.translates(&answer, (backend, pod), (vip, pod));
-            let (key, _) = node.maps.grown.all()[0];
-            packet::FlowEntry::set_flags(&node.maps.grown.get(&key).unwrap(), Flow::HELD);
+            let (key, _) = node.maps.young.all()[0];
+            packet::FlowEntry::set_flags(&node.maps.young.get(&key).unwrap(), Flow::HELD);
             let mut frame = request.frame();
             assert_eq!(node.comes_in(&mut frame), After::Drop);
             assert_eq!(frame, request.frame());

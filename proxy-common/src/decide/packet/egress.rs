@@ -1,4 +1,4 @@
-use super::flow::{find, find_inside, make_way, touch};
+use super::flow::{find, find_inside, grow_up, is_a_while_ago, make_way, touch};
 use super::headers::{FIN, RST, SYN, with_ports};
 use super::nat::{Side, rewrite, rewrite_port};
 use super::own_node::own_node_reply;
@@ -70,7 +70,8 @@ fn of_own_node(tables: &impl PacketTables, to: &Address) -> Verdict {
 const fn is_of_another(headers: &Headers, flow: &Flow) -> bool {
     headers.protocol == Protocol::Tcp.number()
         && headers.tcp_flags & (SYN | RST) == 0
-        && flow.flags & (Flow::ANSWERED | Flow::HEARD | Flow::NEEDS_SNAT) == 0
+        && !flow.is_answered()
+        && !flow.needs_snat()
         && !flow.is_over()
 }
 
@@ -143,12 +144,13 @@ fn find_to_replace<T: PacketTables>(tables: &T, headers: &Headers) -> Option<(Fl
     })
 }
 
-/// The backend has answered: the flow grows up with its first reply.
+/// The backend has answered. After its first answer it is the client's turn; but a datagram's client may ask once and be
+/// answered for long, and packets of a TCP client may take another way: what is still answered later grows up too.
 #[inline(always)]
 pub(super) fn answered<T: PacketTables>(tables: &T, headers: &Headers, key: &FlowKey, entry: &T::Entry) {
     let flow = entry.flow();
     let tcp_flags = headers.tcp_flags;
-    let mut flags = Flow::ANSWERED;
+    let mut flags = 0;
     if tcp_flags & FIN != 0 {
         flags |= Flow::BACKEND_FIN;
     }
@@ -156,13 +158,12 @@ pub(super) fn answered<T: PacketTables>(tables: &T, headers: &Headers, key: &Flo
         flags |= Flow::RESET;
     }
     if flow.flags & Flow::ANSWERED == 0 {
-        let grown = Flow { flags: flow.flags | flags, used_ns: tables.now_ns(), ..*flow };
-        if tables.grow_up(key, &grown) {
+        // The backend's first packet, however often it is sent, is no sign of a client.
+        let again = flow.is_answered() && tcp_flags & (SYN | RST) == 0 && is_a_while_ago(tables, flow);
+        if again && grow_up(tables, key, entry, flags) {
             return;
         }
-        tables.count(Outcome::PacketFlowsFull);
-        // It tries again with the next answer, but what ends it is said once only.
-        flags = flags & !Flow::ANSWERED | Flow::HEARD;
+        flags |= if again { Flow::HEARD | Flow::CROWDED_OUT } else { Flow::HEARD };
     }
     if flags & !flow.flags != 0 {
         entry.set_flags(flags);

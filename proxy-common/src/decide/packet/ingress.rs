@@ -1,5 +1,5 @@
-use super::flow::{find, make_way, store, touch};
-use super::headers::{FIN, RST, with_ports};
+use super::flow::{find, grow_up, make_way, store, touch};
+use super::headers::{FIN, RST, SYN, with_ports};
 use super::nat::{Side, rewrite, rewrite_port};
 use super::own_node::own_node_reply;
 use super::{FlowEntry, Headers, Packet, PacketTables, Verdict};
@@ -48,7 +48,7 @@ pub fn ingress(
         let is_asked = matches!(verdict, Verdict::Next) && tables.may_be_flow(&client, port);
         return Some(if is_asked { Verdict::Direct } else { verdict });
     }
-    let Some((_, entry)) = find_dialled(tables, headers) else {
+    let Some((key, entry)) = find_dialled(tables, headers) else {
         if begins(headers) {
             return Some(Verdict::Begin);
         }
@@ -58,8 +58,7 @@ pub fn ingress(
     if begins(headers) && is_over(tables, protocol, entry.flow()) {
         return Some(Verdict::Begin);
     }
-    follow(tables, headers, &entry);
-    forward(packet, headers, entry.flow(), entry.flow().inner_port)
+    follow_and_forward(packet, tables, headers, &key, &entry)
 }
 
 /// A new connection that [`decide`] sends to a backend, or an old flow that goes on with another one.
@@ -83,12 +82,11 @@ pub fn stay(
     headers: &Headers,
     otherwise: Verdict,
 ) -> Option<Verdict> {
-    let Some((_, entry)) = find_staying(tables, headers) else {
+    let Some((key, entry)) = find_staying(tables, headers) else {
         // No VIP after all.
         return Some(if matches!(otherwise, Verdict::Next) { Verdict::Direct } else { otherwise });
     };
-    follow(tables, headers, &entry);
-    forward(packet, headers, entry.flow(), entry.flow().inner_port)
+    follow_and_forward(packet, tables, headers, &key, &entry)
 }
 
 /// A packet for no VIP, from a client port that may have flows (M11): sent to the backend of one of them, it would look
@@ -104,10 +102,9 @@ pub fn direct(packet: &mut impl Packet, tables: &impl PacketTables, headers: &He
     let its_own = find(tables, &headers.of_source(), |flow| {
         flow.vip == to.0 && flow.vip_port == to.1 && flow.backend == to.0
     });
-    if let Some((_, entry)) = its_own {
+    if let Some((key, entry)) = its_own {
         if !begins(headers) || !entry.flow().is_over() {
-            follow(tables, headers, &entry);
-            return forward(packet, headers, entry.flow(), entry.flow().inner_port);
+            return follow_and_forward(packet, tables, headers, &key, &entry);
         }
         // The next one need not clash. What nobody dials is found by nobody, and swept away.
         entry.replace(&Flow { flags: Flow::RESET, ..Flow::default() });
@@ -132,7 +129,7 @@ pub fn direct(packet: &mut impl Packet, tables: &impl PacketTables, headers: &He
         return forward(packet, headers, &flow, port);
     }
     // Else the backend has one connection only, which is not this one.
-    if of_vip.needs_snat() || of_vip.flags & (Flow::ANSWERED | Flow::HEARD) == 0 {
+    if of_vip.needs_snat() || !of_vip.is_answered() {
         make_way(tables, &key, &entry);
     }
     Some(Verdict::Next)
@@ -206,9 +203,26 @@ fn is_idle(tables: &impl PacketTables, flow: &Flow) -> bool {
     tables.now_ns().wrapping_sub(flow.used_ns) > Flow::FOREIGN_IDLE_NS
 }
 
-/// What a packet of a known connection does to it.
+/// A packet of a known connection.
 #[inline(always)]
-pub(super) fn follow<T: PacketTables>(tables: &T, headers: &Headers, entry: &T::Entry) {
+fn follow_and_forward<T: PacketTables>(
+    packet: &mut impl Packet,
+    tables: &T,
+    headers: &Headers,
+    key: &FlowKey,
+    entry: &T::Entry,
+) -> Option<Verdict> {
+    // In this order: once it has grown up, the entry may be somebody else's.
+    let verdict = forward(packet, headers, entry.flow(), entry.flow().inner_port);
+    follow(tables, headers, key, entry);
+    verdict
+}
+
+/// What a packet of a known connection does to it: with the first one after the backend's answer the flow grows up.
+#[inline(always)]
+pub(super) fn follow<T: PacketTables>(tables: &T, headers: &Headers, key: &FlowKey, entry: &T::Entry) {
+    let foreign = entry.flow().is_foreign();
+    tables.count(if foreign { Outcome::PacketUntouched } else { Outcome::PacketFollowed });
     let mut flags = 0;
     if headers.tcp_flags & FIN != 0 {
         flags |= Flow::CLIENT_FIN;
@@ -216,12 +230,18 @@ pub(super) fn follow<T: PacketTables>(tables: &T, headers: &Headers, entry: &T::
     if headers.tcp_flags & RST != 0 {
         flags |= Flow::RESET;
     }
+    if entry.flow().flags & (Flow::ANSWERED | Flow::HEARD) == Flow::HEARD
+        && headers.tcp_flags & (SYN | RST) == 0
+    {
+        if grow_up(tables, key, entry, flags) {
+            return;
+        }
+        flags |= Flow::CROWDED_OUT;
+    }
     if flags & !entry.flow().flags != 0 {
         entry.set_flags(flags);
     }
     touch(entry, tables.now_ns());
-    let foreign = entry.flow().is_foreign();
-    tables.count(if foreign { Outcome::PacketUntouched } else { Outcome::PacketFollowed });
 }
 
 /// What becomes of a new connection.

@@ -15,14 +15,14 @@ use crate::abi::{Device, Flow, FlowKey, Outcome, Port};
 #[inline(always)]
 pub fn own_node(tables: &impl PacketTables, headers: &Headers) -> Verdict {
     let Some(protocol) = headers.transport() else { return other(tables, headers) };
-    let Some((_, entry)) = find_dialled(tables, headers) else {
+    let Some((key, entry)) = find_dialled(tables, headers) else {
         return if begins(headers) { Verdict::Begin } else { Verdict::Next };
     };
     // What leaves for a VIP passed netfilter's NAT: nobody there owns it (any more).
     if begins(headers) && (entry.flow().is_foreign() || is_over(tables, protocol, entry.flow())) {
         return Verdict::Begin;
     }
-    follow(tables, headers, &entry);
+    follow(tables, headers, &key, &entry);
     Verdict::LeaveOwn
 }
 
@@ -35,8 +35,8 @@ pub fn begin_own(tables: &impl PacketTables, headers: &Headers, flow: &Flow) -> 
 /// As [`super::stay`].
 #[inline(always)]
 pub fn stay_own(tables: &impl PacketTables, headers: &Headers, otherwise: Verdict) -> Verdict {
-    let Some((_, entry)) = find_staying(tables, headers) else { return otherwise };
-    follow(tables, headers, &entry);
+    let Some((key, entry)) = find_staying(tables, headers) else { return otherwise };
+    follow(tables, headers, &key, &entry);
     Verdict::LeaveOwn
 }
 

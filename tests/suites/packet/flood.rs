@@ -1,0 +1,128 @@
+//! Clients that do not exist.
+
+use std::fs;
+
+use anyhow::ensure;
+use etherparse::PacketBuilder;
+use serde_json::Value;
+use sheave_tests::{
+    lab::Place,
+    nodes::{
+        Layout, World,
+        tap::{Tap, hardware_address},
+    },
+    scene::eventually,
+};
+
+use crate::{
+    stage::{Stage, bridge_pod, cluster_ips, served},
+    talk::{Talk, ask, datagrams},
+};
+
+/// Ten times what `FLOWS` holds.
+const SYNS: u32 = 10 * 65_536;
+
+/// Addresses of the far client's network that nobody has.
+const SENDERS: u16 = 240;
+
+/// Sends first packets to a VIP, each from a client of its own.
+struct Flood {
+    tap: Tap,
+    frame: Vec<u8>,
+    sent: u32,
+}
+
+impl Flood {
+    fn new(from: &Place, gateway: [u8; 6], vip: std::net::Ipv4Addr) -> Self {
+        let own = hardware_address(from.netns(), "eth0").unwrap();
+        let packet = PacketBuilder::ethernet2(own, gateway)
+            .ipv4([198, 18, 1, 3], vip.octets(), 64)
+            .tcp(10_000, 80, 0xf000_f000, 1000)
+            .syn();
+        let mut frame = Vec::new();
+        packet.write(&mut frame, b"").unwrap();
+        // The identification, which a header's sum is kept with.
+        let checksum = u16::from_be_bytes([frame[24], frame[25]]);
+        frame[18..20].copy_from_slice(&0xf000_u16.to_be_bytes());
+        let mut sum = u32::from(!checksum) + 0xf000;
+        sum = (sum & 0xffff) + (sum >> 16);
+        frame[24..26].copy_from_slice(&(!u16::try_from(sum).unwrap()).to_be_bytes());
+        Self { tap: Tap::open(from.netns(), "eth0").unwrap(), frame, sent: 0 }
+    }
+
+    /// The next ones. What a field gets more, another one of the same sum gets less, so both checksums hold.
+    fn send(&mut self, count: u32) {
+        for number in self.sent..self.sent + count {
+            let (sender, port) = (number % u32::from(SENDERS), number / u32::from(SENDERS));
+            let (sender, port) = (u16::try_from(sender).unwrap(), u16::try_from(port).unwrap());
+            let mut frame = self.frame.clone();
+            let mut put = |at: usize, value: u16| frame[at..at + 2].copy_from_slice(&value.to_be_bytes());
+            // Identification and source address; sequence number, whose lower half answers for the address and the upper
+            // half for the port.
+            put(18, 0xf000 - sender);
+            put(28, 0x0103 + sender);
+            put(34, 10_000 + port);
+            put(38, 0xf000 - port);
+            put(40, 0xf000 - sender);
+            self.tap.send(&frame).unwrap();
+        }
+        self.sent += count;
+    }
+}
+
+fn flows(world: &World, field: &str) -> u64 {
+    let output = world.agent(0).unwrap().ask(&["status", "-o", "json"]).unwrap();
+    let status: Value = serde_json::from_slice(&output.stdout).unwrap();
+    status["flows"][field].as_u64().unwrap()
+}
+
+/// The backend answers every one of them; connections of clients that go on stay, however long they rest, and new ones come
+/// through. The agent says once what happens.
+#[test]
+fn connections_outlive_a_flood_of_ten_table_sizes() {
+    let stage = Stage::with(Layout::default(), &["--flow-sweep-ms", "500"]);
+    let world = &stage.world;
+    let pod = bridge_pod(world, 0, 0);
+    stage.apply("web", &served(world, "web", 1, &[(0, pod)]));
+    let vip = |family| std::net::SocketAddr::new(cluster_ips(1)[family], 80);
+    let std::net::IpAddr::V4(vip_v4) = vip(0).ip() else { panic!("{}", vip(0)) };
+    let far = world.far();
+    // Whoever has only been greeted, and whoever has asked.
+    let mut resting: Vec<Talk> = [0, 1, 0, 1].map(|family| Talk::open(far, 0, vip(family))).into();
+    resting[2].echo(100).unwrap();
+    resting[3].echo(100).unwrap();
+    let datagrams = [0, 1].map(|family| datagrams(far, vip(family)));
+    for socket in &datagrams {
+        for question in [b"1", b"2"] {
+            ask(socket, question).unwrap();
+        }
+    }
+    let gateway = hardware_address(world.transit(), "far").unwrap();
+    let mut flood = Flood::new(far, gateway, vip_v4);
+    flood.send(SYNS / 2);
+    let mut young = Talk::open(far, 0, vip(0));
+    flood.send(SYNS / 2);
+    eventually("the agent has looked", || {
+        let young = flows(world, "young_flows");
+        ensure!(young > 16_000, "{young} unanswered connections: the flood came to nothing");
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(flows(world, "flows"), 7, "somebody who does not exist has got into FLOWS");
+    for talk in resting.iter_mut().chain([&mut young]) {
+        talk.echo(3000).unwrap_or_else(|error| panic!("{}: {error}", talk.local()));
+    }
+    for socket in &datagrams {
+        ask(socket, b"3").unwrap();
+    }
+    let said = || {
+        let log = fs::read_to_string(world.agent(0).unwrap().log()).unwrap();
+        log.lines().filter(|line| line.contains("YOUNG_FLOWS")).count()
+    };
+    eventually("the agent says so", || {
+        ensure!(said() > 0);
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(said(), 1);
+}
