@@ -14,16 +14,13 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::{
-    agent::Agent,
+    agent::{Agent, SYNCED_WITHIN},
     client::Client,
     lab::{Lab, Node, Place, Shape},
     manifests::{Object, lab_node, service, slice},
     protocol::{Dial, Exchange, Failure, LoopSpec, Transport},
     server::Server,
 };
-
-/// Loading the programs in a debug build on a busy machine takes seconds.
-const SYNCED_WITHIN: Duration = Duration::from_secs(60);
 
 /// A change is live within milliseconds; a busy machine gets more.
 const LIVE_WITHIN: Duration = Duration::from_secs(30);

@@ -42,8 +42,8 @@ pub(crate) fn build(profile: Profile) -> Result<Binaries> {
     }
     let executables = executables(&mut command)?;
     let find = |name: &str| {
-        let found = executables.iter().find(|path| path.file_name().is_some_and(|file| file == name));
-        found.cloned().with_context(|| format!("cargo built no binary `{name}`"))
+        let found = executables.iter().find(|(target, _)| target == name).map(|(_, path)| path.clone());
+        found.with_context(|| format!("cargo built no binary `{name}`"))
     };
     Ok(Binaries { sheave: find("sheave")?, lab_client: find("lab-client")? })
 }
@@ -52,16 +52,21 @@ pub(crate) fn build(profile: Profile) -> Result<Binaries> {
 pub(crate) fn suite(name: &str) -> Result<PathBuf> {
     let mut command = cargo()?;
     command.args(["test", "--package", "sheave-tests", "--no-run", "--test", name]);
-    executables(&mut command)?.pop().with_context(|| format!("cargo built no suite `{name}`"))
+    // The binaries that a suite may run are built with it, in any order.
+    let built = executables(&mut command)?.into_iter().find(|(target, _)| target == name);
+    built.map(|(_, path)| path).with_context(|| format!("cargo built no suite `{name}`"))
 }
 
-/// Runs a command of cargo for the programs that it builds.
-fn executables(command: &mut Command) -> Result<Vec<PathBuf>> {
+/// Runs a command of cargo for the programs that it builds, each with its target's name.
+fn executables(command: &mut Command) -> Result<Vec<(String, PathBuf)>> {
     // Artifacts on stdout, for us; diagnostics and progress on stderr, for people.
     let messages = output(command.arg("--message-format=json-render-diagnostics"))?;
-    let messages = messages.split(|byte| *byte == b'\n');
-    let messages = messages.filter_map(|line| serde_json::from_slice::<Value>(line).ok());
+    let executable = |message: Value| {
+        let path = PathBuf::from(message.get("executable")?.as_str()?);
+        Some((message.get("target")?.get("name")?.as_str()?.to_owned(), path))
+    };
     Ok(messages
-        .filter_map(|message| message.get("executable").and_then(Value::as_str).map(PathBuf::from))
+        .split(|byte| *byte == b'\n')
+        .filter_map(|line| serde_json::from_slice(line).ok().and_then(executable))
         .collect())
 }

@@ -41,7 +41,8 @@ const COMMANDS: [(&str, &str); 7] = [
 const BENCH_COMMANDS: [(&str, &str); 1] = [("wrk", "wrk")];
 
 /// What boots a virtual machine, besides what every Debian has.
-const VM_COMMANDS: [(&str, &str); 2] = [("qemu-system-x86_64", "qemu-system-x86"), ("cpio", "cpio")];
+const VM_COMMANDS: [(&str, &str); 3] =
+    [("qemu-system-x86_64", "qemu-system-x86"), ("cpio", "cpio"), ("strip", "binutils")];
 
 /// What building needs.
 pub(crate) fn toolchain() -> Result<()> {

@@ -16,15 +16,12 @@ use super::{
     control_plane::ControlPlane,
 };
 use crate::{
-    agent::{Agent, Source},
+    agent::{Agent, SYNCED_WITHIN, Source},
     lab::{Lab, Node, Place, Shape},
     manifests::{Object, lab_node, lab_pod, service, slice},
     scene::TARGET,
     server::Server,
 };
-
-/// Loading the programs in a debug build on a busy machine takes seconds.
-const SYNCED_WITHIN: Duration = Duration::from_secs(60);
 
 /// A change is live within milliseconds; a busy machine gets more.
 const LIVE_WITHIN: Duration = Duration::from_secs(60);

@@ -29,7 +29,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::{
-    agent::{Agent, Source},
+    agent::{Agent, SYNCED_WITHIN, Source},
     client::Client,
     lab::{Ground, Node, Place},
     manifests::{Manifests, Object, lab_node},
@@ -44,9 +44,6 @@ pub const CLUSTER_CIDR: &str = "10.244.0.0/16,fd00:10:244::/48";
 pub const SERVICE_CIDR: &str = "10.96.0.0/16,fd00:10:96::/112";
 /// Where external addresses are from, those of load balancers too.
 pub const EXTERNAL_CIDR: &str = "203.0.113.0/24,fd00:203:0:113::/64";
-
-/// Loading the programs in a debug build on a busy machine takes seconds.
-const SYNCED_WITHIN: Duration = Duration::from_secs(60);
 
 /// How a pod is attached to its node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

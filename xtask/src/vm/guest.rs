@@ -4,6 +4,7 @@ use std::{
     fs,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use anyhow::{Context, Result};
@@ -11,7 +12,7 @@ use anyhow::{Context, Result};
 use super::packages::{cache, fresh, pack};
 use crate::{
     build::{Profile, build, suite},
-    shell::root,
+    shell::{root, run},
 };
 
 /// The first process: mounts, modules, the command, its status to the second serial line, off.
@@ -52,8 +53,8 @@ pub(super) fn prepare(command: &[String]) -> Result<Guest> {
     let home = fresh(&cache.join(format!("guest-{}", std::process::id())))?;
     let guest = Guest { archive: home.with_extension("cpio") };
     let packed = fill(&home, command).and_then(|()| pack(&home, &guest.archive));
-    fs::remove_dir_all(&home).context("removing what was packed")?;
-    packed.map(|()| guest)
+    let removed = fs::remove_dir_all(&home).context("removing what was packed");
+    packed.and(removed).map(|()| guest)
 }
 
 impl Drop for Guest {
@@ -66,26 +67,23 @@ impl Drop for Guest {
 fn fill(home: &Path, command: &[String]) -> Result<()> {
     let own = home.join("sheave");
     fs::create_dir_all(&own).context("making a directory of the guest")?;
-    let binaries = build_binaries(command)?;
-    for binary in &binaries {
-        let name = binary.file_name().context("a binary's name")?;
-        // A suite's file is named after its contents too.
-        let name = name.to_string_lossy();
-        let name = name.split_once('-').filter(|(_, hash)| hash.len() == 16).map_or(&*name, |(name, _)| name);
-        fs::copy(binary, own.join(name)).with_context(|| format!("copying {}", binary.display()))?;
+    for (name, binary) in binaries(command)? {
+        // Most of a program built for development is line tables, and the machine lives in memory.
+        run(Command::new("strip").arg("--strip-debug").arg("-o").arg(own.join(name)).arg(binary))?;
     }
     write(&home.join("init"), INIT)?;
     write(&own.join("command"), &script(command))
 }
 
-fn build_binaries(command: &[String]) -> Result<Vec<PathBuf>> {
+/// The programs, and their names in the machine: a suite's file is named after its contents too.
+fn binaries(command: &[String]) -> Result<Vec<(&str, PathBuf)>> {
     let binaries = build(Profile::Dev)?;
-    let mut files = vec![binaries.sheave, binaries.lab_client];
+    let mut files = vec![("sheave", binaries.sheave), ("lab-client", binaries.lab_client)];
     let first = command.first().map(String::as_str).unwrap_or_default();
     if is_verb(first) {
-        files.push(std::env::current_exe().context("asking for this program's own path")?);
+        files.push(("xtask", std::env::current_exe().context("asking for this program's own path")?));
     } else if is_suite(first)? {
-        files.push(suite(first)?);
+        files.push((first, suite(first)?));
     }
     Ok(files)
 }

@@ -3,12 +3,22 @@
 use std::{
     fs::{self, File},
     io::{BufReader, BufWriter},
+    os::unix::process::CommandExt,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Command, ExitStatus, Stdio},
+    sync::{Arc, OnceLock},
+    thread,
     time::Instant,
 };
 
 use anyhow::{Context, Result, bail};
+use nix::{
+    sys::{
+        prctl,
+        signal::{SigSet, Signal, kill},
+    },
+    unistd::Pid,
+};
 
 use super::{kernel::Image, packages::cache};
 use crate::shell::seconds;
@@ -35,7 +45,7 @@ pub(super) fn boot(kernel: &Image, archives: &[&Path]) -> Result<u8> {
         // No more than what the code is compiled for: each instruction is translated.
         ["-accel", "tcg,thread=multi", "-cpu", "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt"]
     });
-    let status = command
+    command
         .args(["-m", &MEMORY_MB.to_string(), "-smp", &PROCESSORS.to_string()])
         .args(["-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"])
         .arg("-serial")
@@ -46,9 +56,8 @@ pub(super) fn boot(kernel: &Image, archives: &[&Path]) -> Result<u8> {
         .arg(&files.root)
         // Whatever goes wrong before the command ends the machine.
         .args(["-append", "console=ttyS0 quiet loglevel=3 panic=-1 rdinit=/init"])
-        .stdin(Stdio::null())
-        .status()
-        .context("starting qemu-system-x86_64")?;
+        .stdin(Stdio::null());
+    let status = run_to_its_end(&mut command)?;
     if !status.success() {
         bail!("QEMU ended early ({status})");
     }
@@ -57,6 +66,36 @@ pub(super) fn boot(kernel: &Image, archives: &[&Path]) -> Result<u8> {
     told.trim()
         .parse()
         .with_context(|| format!("the machine went off before its command ended (it told {told:?})"))
+}
+
+/// Runs QEMU until its machine is off or somebody ends it, which must not end us: there are files to remove.
+fn run_to_its_end(qemu: &mut Command) -> Result<ExitStatus> {
+    let interrupts = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
+    interrupts.thread_block().context("holding back Ctrl-C")?;
+    // SAFETY: between fork and exec the closure makes system calls only.
+    unsafe {
+        qemu.pre_exec(|| {
+            // A command holds back what the thread does that starts it.
+            SigSet::empty().thread_set_mask()?;
+            Ok(prctl::set_pdeathsig(Signal::SIGKILL)?)
+        });
+    }
+    let mut child = qemu.spawn().context("starting qemu-system-x86_64")?;
+    let id = Pid::from_raw(i32::try_from(child.id()).context("QEMU's process id")?);
+    let interrupted = Arc::new(OnceLock::new());
+    let seen = Arc::clone(&interrupted);
+    thread::spawn(move || {
+        if let Ok(signal) = interrupts.wait() {
+            let _ = seen.set(signal);
+            // It may have gone: Ctrl-C is for everybody in the foreground.
+            let _ = kill(id, Signal::SIGTERM);
+        }
+    });
+    let status = child.wait().context("waiting for QEMU")?;
+    match interrupted.get() {
+        Some(signal) => bail!("{signal} ended the machine"),
+        None => Ok(status),
+    }
 }
 
 /// Whether the processor runs the guest itself. A machine that is virtual itself may have the device and nothing behind it.
