@@ -23,7 +23,6 @@ use std::{
     fmt,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU32, Ordering},
-    time::Duration,
 };
 
 use anyhow::{Context, Result, bail, ensure};
