@@ -1,9 +1,10 @@
 //! Clients that do not exist.
 
-use std::fs;
+use std::{fs, thread};
 
 use anyhow::ensure;
 use etherparse::PacketBuilder;
+use nix::errno::Errno;
 use serde_json::Value;
 use sheave_tests::{
     lab::Place,
@@ -64,7 +65,11 @@ impl Flood {
             put(34, 10_000 + port);
             put(38, 0xf000 - port);
             put(40, 0xf000 - sender);
-            self.tap.send(&frame).unwrap();
+            // The way may be full for a moment: a flood does not care, but each of its clients is to be heard.
+            while let Err(error) = self.tap.send(&frame) {
+                assert_eq!(error.root_cause().downcast_ref(), Some(&Errno::ENOBUFS), "{error:#}");
+                thread::yield_now();
+            }
         }
         self.sent += count;
     }
