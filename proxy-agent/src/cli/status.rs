@@ -139,7 +139,7 @@ fn text(document: &Value, links: &BTreeMap<&str, Option<u64>>) -> String {
         line(
             "flows",
             format!(
-                "{} of {}, {} of {} not answered yet, {} of {} with a replaced source",
+                "{} of {}, {} of {} whose client has not gone on, {} of {} with a replaced source",
                 count("flows"),
                 count("flows_limit"),
                 count("young_flows"),

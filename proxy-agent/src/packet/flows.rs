@@ -150,15 +150,15 @@ impl Report {
 /// How full the tables are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 pub struct Counts {
-    /// Connections that were answered.
+    /// Connections whose client has gone on after the first answer.
     pub flows: usize,
     /// How many there can be.
     pub flows_limit: u32,
-    /// Connections that were not answered yet.
+    /// Other connections.
     pub young_flows: usize,
     /// How many there can be; beyond, the oldest go.
     pub young_flows_limit: u32,
-    /// Of the answered ones: those with a replaced source.
+    /// Of the first kind: those with a replaced source.
     pub snat: usize,
     /// How many there can be.
     pub snat_limit: u32,
@@ -327,11 +327,7 @@ impl Flows {
             return Ok(true);
         }
         self.young.remove(key)?;
-        for companion in companions(key, &flow) {
-            if self.young_snat.get(&companion)? == Some(*key) {
-                self.young_snat.remove(&companion)?;
-            }
-        }
+        remove_ways_from(&mut self.young_snat, key, &flow)?;
         Ok(true)
     }
 
@@ -359,23 +355,31 @@ impl Flows {
     /// # Errors
     /// If the kernel refuses.
     pub(crate) fn remove_ways(&mut self, key: &FlowKey, flow: &Flow) -> io::Result<()> {
-        for companion in companions(key, flow) {
-            for table in [&mut self.young_snat, &mut self.snat] {
-                if table.get(&companion)? == Some(*key) {
-                    table.remove(&companion)?;
-                }
-            }
-        }
-        Ok(())
+        remove_ways_from(&mut self.young_snat, key, flow)?;
+        remove_ways_from(&mut self.snat, key, flow)
     }
 }
 
-/// A full table refuses new connections: said once, until there is room again.
+/// What leads to a connection in one of the tables, as long as it is this connection's.
+fn remove_ways_from(table: &mut Table<SnatKey, FlowKey>, key: &FlowKey, flow: &Flow) -> io::Result<()> {
+    for companion in companions(key, flow) {
+        if table.get(&companion)? == Some(*key) {
+            table.remove(&companion)?;
+        }
+    }
+    Ok(())
+}
+
+/// Connections for which there is no room are not safe from a flood: said once, until there is room again.
 fn tell_full(told: &mut bool, table: &str, entries: usize, limit: u32) {
     let limit = usize::try_from(limit).unwrap_or(usize::MAX);
     if entries >= limit && !*told {
         *told = true;
-        tracing::error!(table, limit, "a table of the packet path is full: new connections are not served");
+        tracing::error!(
+            table,
+            limit,
+            "a table of the packet path is full: more connections stay among the young ones, where the oldest give way"
+        );
     } else if entries < limit - limit / 10 {
         *told = false;
     }
@@ -389,7 +393,8 @@ fn tell_young_full(told: &mut bool, entries: usize, limit: u32) {
         tracing::warn!(
             table = "YOUNG_FLOWS",
             limit,
-            "connections come faster than their clients go on with them: a flood? The oldest give way to new ones; those              that have gone on stay"
+            "connections come faster than their clients go on with them: a flood? The oldest give way to new ones; those \
+             that have gone on stay"
         );
     } else if entries < limit / 2 {
         *told = false;

@@ -74,7 +74,7 @@ outcomes! {
     PacketUnassigned = "packet_unassigned",
     /// A first packet dropped since no flow could be stored.
     PacketNoRoom = "packet_no_room",
-    /// A reply whose flow could not be kept apart from unanswered ones: the table is full.
+    /// A packet with which a young flow was to grow up: the table is full.
     PacketFlowsFull = "packet_flows_full",
     /// A packet dropped since no source port, or no source address, was to be had.
     PacketNoSourcePort = "packet_no_source_port",

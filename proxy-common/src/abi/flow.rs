@@ -2,8 +2,8 @@
 //! client's port inside the node is one of those too.
 //! Written by the kernel programs; the agent removes what is old.
 //!
-//! A connection is young until it is first answered. Young ones live in LRU tables, where a flood of them turns over
-//! nothing but each other; answered ones live in preallocated hashes, where nothing is ever thrown out.
+//! A connection is young until its client goes on after the first answer. Young ones live in LRU tables, where a flood of
+//! them turns over nothing but each other; the others live in preallocated hashes, where nothing is ever thrown out.
 
 use super::{Address, BackendId, Port, ServiceId};
 
@@ -120,6 +120,11 @@ impl Flow {
     pub const FOREIGN: u32 = 64;
     /// The agent is handing it to netfilter's NAT: its packets are dropped for that moment, and sent again.
     pub const HELD: u32 = 128;
+    /// The backend has answered. Its client need not exist: whoever floods a backend that answers has senders of its
+    /// invention.
+    pub const HEARD: u32 = 256;
+    /// The client has gone on after that, but `FLOWS` had no room.
+    pub const CROWDED_OUT: u32 = 512;
 
     /// How long a foreign flow lives without a packet, in nanoseconds, whether an agent runs or not: as long as netfilter
     /// keeps one that was answered.
@@ -136,12 +141,6 @@ impl Flow {
     pub const fn is_held(&self) -> bool {
         self.flags & Self::HELD != 0
     }
-
-    /// The backend has answered. Its client need not exist: whoever floods a backend that answers has senders of its
-    /// invention.
-    pub const HEARD: u32 = 256;
-    /// The client has gone on after that, but `FLOWS` had no room.
-    pub const CROWDED_OUT: u32 = 512;
 
     /// Whether the backend has answered.
     #[inline(always)]
@@ -166,6 +165,12 @@ impl Flow {
     #[inline(always)]
     pub fn goes_to(&self, backend: (Address, Port)) -> bool {
         self.backend == backend.0 && self.backend_port == backend.1 && self.inner_port == Port::new(0)
+    }
+
+    /// The client's port inside the node, where its own is `own` (M11).
+    #[inline(always)]
+    pub fn port_inside(&self, own: Port) -> Port {
+        if self.inner_port == Port::new(0) { own } else { self.inner_port }
     }
 
     /// How its replaced source comes back; of no meaning before there is one.

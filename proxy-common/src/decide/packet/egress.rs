@@ -45,13 +45,7 @@ pub fn egress(
         }
     }
     if from && let Some((_, entry)) = find_to_replace(tables, headers) {
-        let to = (entry.flow().snat, entry.flow().snat_port);
-        if to.1 == Port::new(0) {
-            return Some(Verdict::ReplaceSource);
-        }
-        rewrite(packet, headers, Side::Source, to)?;
-        tables.count(Outcome::PacketSourceReplaced);
-        return Some(Verdict::Next);
+        return leave_replaced(packet, tables, headers, entry.flow());
     }
     if (to || from) && tables.several_vips() {
         return Some(Verdict::OtherPort);
@@ -93,13 +87,7 @@ pub fn other_port(
     if let Some((_, entry)) = find_inside(tables, &headers.of_inner_source())
         && entry.flow().needs_snat()
     {
-        let to = (entry.flow().snat, entry.flow().snat_port);
-        if to.1 == Port::new(0) {
-            return Some(Verdict::ReplaceSource);
-        }
-        rewrite(packet, headers, Side::Source, to)?;
-        tables.count(Outcome::PacketSourceReplaced);
-        return Some(Verdict::Next);
+        return leave_replaced(packet, tables, headers, entry.flow());
     }
     Some(of_own_node(tables, &headers.destination.0))
 }
@@ -112,6 +100,23 @@ pub fn give_way(tables: &impl PacketTables, headers: &Headers) -> Verdict {
         make_way(tables, &key, &entry);
     }
     Verdict::Next
+}
+
+/// A packet that leaves with another source, which its flow has already, or is to get first.
+#[inline(always)]
+fn leave_replaced(
+    packet: &mut impl Packet,
+    tables: &impl PacketTables,
+    headers: &Headers,
+    flow: &Flow,
+) -> Option<Verdict> {
+    let to = (flow.snat, flow.snat_port);
+    if to.1 == Port::new(0) {
+        return Some(Verdict::ReplaceSource);
+    }
+    rewrite(packet, headers, Side::Source, to)?;
+    tables.count(Outcome::PacketSourceReplaced);
+    Some(Verdict::Next)
 }
 
 /// The first packet of a flow that leaves with another source.
@@ -159,7 +164,8 @@ pub(super) fn answered<T: PacketTables>(tables: &T, headers: &Headers, key: &Flo
     }
     if flow.flags & Flow::ANSWERED == 0 {
         // The backend's first packet, however often it is sent, is no sign of a client.
-        let again = flow.is_answered() && tcp_flags & (SYN | RST) == 0 && is_a_while_ago(tables, flow);
+        let again =
+            flow.is_answered() && tcp_flags & (SYN | RST) == 0 && is_a_while_ago(flow, tables.now_ns());
         if again && grow_up(tables, key, entry, flags) {
             return;
         }

@@ -198,14 +198,14 @@ pub(super) fn grow_up<T: PacketTables>(tables: &T, key: &FlowKey, entry: &T::Ent
 
 /// Whether its last use is more than a second ago.
 #[inline(always)]
-pub(super) fn is_a_while_ago(tables: &impl PacketTables, flow: &Flow) -> bool {
-    tables.now_ns().wrapping_sub(flow.used_ns) > SECOND_NS
+pub(super) const fn is_a_while_ago(flow: &Flow, now_ns: u64) -> bool {
+    now_ns.wrapping_sub(flow.used_ns) > SECOND_NS
 }
 
 /// Keeps the time of last use, without dirtying the entry for every packet.
 #[inline(always)]
 pub(super) fn touch(entry: &impl FlowEntry, now_ns: u64) {
-    if now_ns.wrapping_sub(entry.flow().used_ns) > SECOND_NS {
+    if is_a_while_ago(entry.flow(), now_ns) {
         entry.touch(now_ns);
     }
 }

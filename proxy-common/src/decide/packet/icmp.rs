@@ -51,10 +51,8 @@ pub fn icmp_ingress(
             && !client.is_nobody()
         {
             let mut port = client.port;
-            if let Some(entry) = tables.flow(&client)
-                && entry.flow().inner_port != Port::new(0)
-            {
-                port = entry.flow().inner_port;
+            if let Some(entry) = tables.flow(&client) {
+                port = entry.flow().port_inside(port);
             }
             let changed =
                 Changed { side: Side::Source, to: (client.client, port), other: inner.destination.1 };
@@ -70,10 +68,7 @@ pub fn icmp_ingress(
         })
     {
         let to = (entry.flow().backend, entry.flow().backend_port);
-        let mut other = inner.destination.1;
-        if entry.flow().inner_port != Port::new(0) {
-            other = entry.flow().inner_port;
-        }
+        let other = entry.flow().port_inside(inner.destination.1);
         return translate(packet, tables, headers, &inner, &Changed { side: Side::Source, to, other });
     }
     Some(Verdict::Next)
@@ -143,9 +138,9 @@ struct Changed {
     other: Port,
 }
 
-/// Changes one side of the quoted packet (and the other's port), the same address on the other side of the packet that quotes it (an error goes
-/// against the way of what it is about), and the message's checksum. A redirect is dropped: it would send elsewhere what
-/// is for the VIP.
+/// Changes one side of the quoted packet (and the other's port), the same address on the other side of the packet that
+/// quotes it (an error goes against the way of what it is about), and the message's checksum. A redirect is dropped: it
+/// would send elsewhere what is for the VIP.
 #[inline(always)]
 fn translate(
     packet: &mut impl Packet,

@@ -35,9 +35,7 @@ pub fn ingress(
             if entry.flow().flags & Flow::OWN_NODE != 0 {
                 return own_node_reply(packet, tables, headers, &client, &entry);
             }
-            if entry.flow().inner_port != Port::new(0) {
-                port = entry.flow().inner_port;
-            }
+            port = entry.flow().port_inside(port);
         }
         rewrite(packet, headers, Side::Destination, (client.client, port))?;
         return Some(Verdict::Next);
