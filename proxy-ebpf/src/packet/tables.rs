@@ -1,7 +1,7 @@
 //! The maps as the packet path sees them, at one device's hook.
 
 use aya_ebpf::{
-    bindings::{__sk_buff, BPF_NOEXIST},
+    bindings::{__sk_buff, BPF_ANY, BPF_NOEXIST},
     maps::lpm_trie::Key,
     programs::TcContext,
 };
@@ -21,7 +21,7 @@ use proxy_common::{
 use super::{route, skb::Skb};
 use crate::maps::{
     CLAIM, CLUSTER_IPS, DEVICES, FLOW, FLOW_FILTER, FLOWS, FRAGMENTS, Maps, PACKET_SETTINGS, SEVERAL_VIPS,
-    SNAT, SNAT_PORTS, SOURCE_RANGES, VIPS, YOUNG_FLOWS, YOUNG_SNAT, count,
+    SNAT, SNAT_PORTS, SOURCE_RANGES, VIPS, YOUNG_FLOWS, YOUNG_SNAT, count, remember,
 };
 
 /// The maps, and the device whose hook this is.
@@ -221,7 +221,7 @@ impl PacketTables for Device {
             // SAFETY: in bounds.
             unsafe { *several = 1 };
         }
-        YOUNG_FLOWS.insert(key, flow, 0).is_ok()
+        remember(&YOUNG_FLOWS, key, flow, BPF_ANY)
     }
 
     #[inline(always)]
@@ -271,7 +271,7 @@ impl PacketTables for Device {
             return false;
         }
         mark_snat(key);
-        YOUNG_SNAT.insert(key, client, BPF_NOEXIST as u64).is_ok()
+        remember(&YOUNG_SNAT, key, client, BPF_NOEXIST)
     }
 
     #[inline(always)]
@@ -287,7 +287,7 @@ impl PacketTables for Device {
     fn take_snat(&self, key: &SnatKey, client: &FlowKey) -> bool {
         mark_snat(key);
         let _ = SNAT.remove(key);
-        YOUNG_SNAT.insert(key, client, 0).is_ok()
+        remember(&YOUNG_SNAT, key, client, BPF_ANY)
     }
 
     #[inline(always)]
@@ -299,7 +299,7 @@ impl PacketTables for Device {
 
     #[inline(always)]
     fn remember_fragment(&self, key: &FragmentKey, ports: &FragmentPorts) {
-        let _ = FRAGMENTS.insert(key, ports, 0);
+        remember(&FRAGMENTS, key, ports, BPF_ANY);
     }
 
     #[inline(always)]

@@ -8,15 +8,16 @@ use nix::errno::Errno;
 use serde_json::Value;
 use sheave_tests::{
     lab::Place,
+    measure::packets::{Arrivals, Counter, Flows, Generator, Target},
     nodes::{
         Layout, World,
         tap::{Tap, hardware_address},
     },
-    scene::eventually,
+    scene::{TARGET, eventually},
 };
 
 use crate::{
-    stage::{Stage, bridge_pod, cluster_ips, served},
+    stage::{Stage, bridge_pod, cluster_ips, frontends, served},
     talk::{Talk, ask, datagrams},
 };
 
@@ -130,4 +131,28 @@ fn connections_outlive_a_flood_of_ten_table_sizes() {
     })
     .unwrap();
     assert_eq!(said(), 1);
+}
+
+/// Three times what `YOUNG_FLOWS` holds.
+const DATAGRAMS: u32 = 3 * 16_384;
+
+/// M2: a full table of young flows throws out old ones, not the one whose first packet is still on its way: that would leave
+/// with its own source.
+#[test]
+fn m2_no_packet_of_a_flood_keeps_its_source() {
+    let stage = Stage::new(Layout::default());
+    let world = &stage.world;
+    let pod = bridge_pod(world, 0, 0);
+    stage.apply("web", &served(world, "web", 1, &[(0, pod)]));
+    let std::net::SocketAddr::V4(node_port) = frontends(world, 1, 0)[1] else { panic!("not IPv4") };
+    let host = world.node(0).unwrap().host().netns();
+    let target = Target { address: *node_port.ip(), port: node_port.port(), ports: 1 };
+    let generator = Generator::new(host, "eth0").unwrap();
+    let frames = generator.frames(Flows::New, target).unwrap();
+    let arrivals = Arrivals { prefix: pod.v4(), prefix_len: 32, port: TARGET };
+    let counter = Counter::new(pod.netns(), "eth0", arrivals).unwrap();
+    generator.run(&frames, DATAGRAMS, 0).unwrap();
+    let arrived = counter.read().unwrap();
+    assert!(arrived.replaced > u64::from(DATAGRAMS / 2), "the flood came to nothing: {arrived:?}");
+    assert_eq!(arrived.unchanged, 0, "{arrived:?}");
 }
