@@ -87,6 +87,18 @@ pub fn tc_egress(ctx: TcContext) -> i32 {
     packet::watch_egress(&ctx)
 }
 
+/// As [`tc_ingress`], for devices whose frames have no link header.
+#[classifier]
+pub fn tc_ingress_bare(ctx: TcContext) -> i32 {
+    packet::watch_bare_ingress(&ctx)
+}
+
+/// As [`tc_egress`], for devices whose frames have no link header.
+#[classifier]
+pub fn tc_egress_bare(ctx: TcContext) -> i32 {
+    packet::watch_bare_egress(&ctx)
+}
+
 /// Goes on for [`tc_ingress`]: what is for a VIP goes to a backend, and replies find their client.
 #[classifier]
 pub fn packet_ingress(ctx: TcContext) -> i32 {

@@ -64,6 +64,14 @@ fn over_vxlan_with_agents_on_both_nodes() {
     holds(Layout { rp_filter: 2, ..Layout::overlay() }, Settings::default(), &[0, 1]);
 }
 
+/// As WireGuard's and ipip's, where those may be missing.
+#[test]
+fn over_a_tunnel_without_link_headers() {
+    holds(Layout { rp_filter: 2, ..Layout::bare_overlay() }, Settings::default(), &[0, 1]);
+    let layout = Layout { guard: Guard::OnlyReal, ..Layout::bare_overlay() };
+    holds_with(&["--device-hooks", "clsact"], layout, Settings::default(), &[0, 1]);
+}
+
 #[test]
 fn past_firewalls_without_br_netfilter() {
     let layout = Layout { guard: Guard::DropInvalid, bridge_netfilter: false, ..Layout::default() };

@@ -17,9 +17,31 @@ use nix::net::if_::if_nameindex;
 use super::filters::{Direction, Filters};
 use super::{Error, Loaded, Pins, sys};
 
-/// Programs and where they go, in the order of attachment: the way back first.
+/// Where programs go, in the order of attachment: the way back first. By the name of the program, which is also that of
+/// the pin and of the filter, whether the device has link headers or not.
 const HOOKS: [(&str, bpf_attach_type, Direction); 2] =
     [("tc_egress", BPF_TCX_EGRESS, Direction::Egress), ("tc_ingress", BPF_TCX_INGRESS, Direction::Ingress)];
+
+/// What the frames of a device begin with.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LinkHeader {
+    /// An Ethernet header.
+    Ethernet,
+    /// None: an IP header.
+    Bare,
+}
+
+impl LinkHeader {
+    /// The program for a direction.
+    const fn program(self, direction: Direction) -> &'static str {
+        match (self, direction) {
+            (Self::Ethernet, Direction::Ingress) => "tc_ingress",
+            (Self::Ethernet, Direction::Egress) => "tc_egress",
+            (Self::Bare, Direction::Ingress) => "tc_ingress_bare",
+            (Self::Bare, Direction::Egress) => "tc_egress_bare",
+        }
+    }
+}
 
 /// How programs are put on devices.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -54,17 +76,17 @@ impl Loaded {
     ///
     /// # Errors
     /// If the kernel refuses; tcx came with 6.6.
-    pub fn hook(&self, device: u32, how: Hooks) -> Result<Option<usize>, Error> {
+    pub fn hook(&self, device: u32, header: LinkHeader, how: Hooks) -> Result<Option<usize>, Error> {
         match how {
             Hooks::Tcx => {
-                let made = self.link(device)?;
+                let made = self.link(device, header)?;
                 if made.is_some() && has_filters(self.pins()) {
                     remove_filters(device)?;
                 }
                 Ok(made)
             }
             Hooks::Clsact => {
-                let made = self.filter(device)?;
+                let made = self.filter(device, header)?;
                 if made.is_some() {
                     remove_links(self.pins(), device)?;
                 }
@@ -73,13 +95,13 @@ impl Loaded {
         }
     }
 
-    fn filter(&self, device: u32) -> Result<Option<usize>, Error> {
+    fn filter(&self, device: u32, header: LinkHeader) -> Result<Option<usize>, Error> {
         let marker = self.pins().filters();
         fs::create_dir_all(&marker).map_err(Error::path("create", &marker))?;
         let filters = open_filters()?;
         let mut made = 0;
         for (name, _, direction) in HOOKS {
-            let program = self.classifier(name)?;
+            let program = self.classifier(header.program(direction))?;
             let fd =
                 program.fd().map_err(|source| Error::Program { action: "use", program: name, source })?;
             let failed = |source| Error::Link { action: "make", program: name, source };
@@ -92,11 +114,11 @@ impl Loaded {
         Ok(Some(made))
     }
 
-    fn link(&self, device: u32) -> Result<Option<usize>, Error> {
+    fn link(&self, device: u32, header: LinkHeader) -> Result<Option<usize>, Error> {
         let mut made = 0;
-        for (name, direction, _) in HOOKS {
+        for (name, at, direction) in HOOKS {
             let pin = pin(self.pins(), name, device);
-            let program = self.classifier(name)?;
+            let program = self.classifier(header.program(direction))?;
             let fd =
                 program.fd().map_err(|source| Error::Program { action: "use", program: name, source })?;
             if let Some(link) = open(&pin, name)? {
@@ -110,7 +132,7 @@ impl Loaded {
                 }
                 remove(&pin, name)?;
             }
-            let link = match sys::link_create_tcx(fd.as_fd(), device, direction) {
+            let link = match sys::link_create_tcx(fd.as_fd(), device, at) {
                 Ok(link) => link,
                 Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(None),
                 Err(source) => return Err(Error::Link { action: "make", program: name, source }),

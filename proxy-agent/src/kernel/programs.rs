@@ -37,9 +37,8 @@ pub const PROGRAMS: [&str; 9] = [
     "sock_connect6",
 ];
 
-/// Programs of the packet path that devices are hooked with, by direction. The link's pin has the device's index after
-/// this name.
-pub const CLASSIFIERS: [&str; 2] = ["tc_ingress", "tc_egress"];
+/// Programs of the packet path that devices are hooked with: those whose frames have a link header, and the others.
+pub const CLASSIFIERS: [&str; 4] = ["tc_ingress", "tc_egress", "tc_ingress_bare", "tc_egress_bare"];
 
 /// Programs that go on where those find something of ours, and their places in [`PACKET_PROGRAMS`].
 pub const CONTINUATIONS: [(&str, u32); 2] = [("packet_ingress", INGRESS), ("packet_egress", EGRESS)];

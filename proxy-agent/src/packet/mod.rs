@@ -29,7 +29,7 @@ use self::counted::Counted;
 use self::flows::{Flows, Owners, Report, Upkeep};
 use self::roles::{Place, Role};
 use self::settings::SnatPorts;
-use crate::kernel::devices::{self, Hooks};
+use crate::kernel::devices::{self, Hooks, LinkHeader};
 use crate::kernel::mapping::Mapping;
 use crate::kernel::table::{Table, io_error};
 use crate::kernel::{self, Loaded, Pins, programs::open_pinned};
@@ -237,10 +237,10 @@ impl PacketPath {
         self.places = roles::places(links, &model.facts().primary, &model.context().policy.detect_local);
         let up: BTreeSet<u32> = links.iter().filter(|link| link.up).map(|link| link.index).collect();
         for (index, place) in &self.places {
-            if place.role == Role::NoEthernet && up.contains(index) && self.told.insert(place.name.clone()) {
+            if place.role == Role::Unread && up.contains(index) && self.told.insert(place.name.clone()) {
                 tracing::warn!(
                     device = place.name,
-                    "its frames have no Ethernet header: packets to Services that come in or leave by it are not served"
+                    "its frames have a link header that is not read: packets to Services that come in or leave by it are not served"
                 );
             }
         }
@@ -297,11 +297,11 @@ impl PacketPath {
             return 0;
         }
         let mut writes = 0;
-        let wanted: BTreeMap<u32, String> = self
+        let wanted: BTreeMap<u32, (String, LinkHeader)> = self
             .places
             .iter()
             .filter(|(index, place)| place.role.is_hooked() && self.devices_written.contains_key(index))
-            .map(|(index, place)| (*index, place.name.clone()))
+            .map(|(index, place)| (*index, (place.name.clone(), place.role.link_header())))
             .collect();
         for index in self.misplaced(&wanted) {
             match devices::unhook(&self.pins, index) {
@@ -317,12 +317,12 @@ impl PacketPath {
         // What failed for a device that is gone has come to its end.
         let known = |index: &u32| wanted.contains_key(index) || self.devices_written.contains_key(index);
         self.failed.retain(|what, _| of_device(what).is_none_or(|index| known(&index)));
-        for (index, name) in &wanted {
+        for (index, (name, header)) in &wanted {
             if self.hooked.contains(index) {
                 continue;
             }
             self.pinned.insert(*index);
-            let failure = match loaded.hook(*index, self.options.hooks) {
+            let failure = match loaded.hook(*index, *header, self.options.hooks) {
                 Ok(Some(made)) => {
                     if self.places.get(index).is_some_and(|place| place.role == Role::Loopback) {
                         accept_own_source();
@@ -388,7 +388,7 @@ impl PacketPath {
     }
 
     /// Hooks on devices that should have none, or that are gone. The first time, those that a former run left too.
-    fn misplaced(&mut self, wanted: &BTreeMap<u32, String>) -> Vec<u32> {
+    fn misplaced<T>(&mut self, wanted: &BTreeMap<u32, T>) -> Vec<u32> {
         if !self.adopted {
             match devices::hooked(&self.pins) {
                 Ok(pinned) => {
@@ -407,7 +407,9 @@ impl PacketPath {
     /// The first device that could not be switched.
     pub fn switch(&mut self, loaded: &Loaded) -> Result<(), kernel::Error> {
         for index in self.hooked.clone() {
-            if loaded.hook(index, self.options.hooks)?.is_none() {
+            let header =
+                self.places.get(&index).map_or(LinkHeader::Ethernet, |place| place.role.link_header());
+            if loaded.hook(index, header, self.options.hooks)?.is_none() {
                 self.hooked.remove(&index);
             }
         }

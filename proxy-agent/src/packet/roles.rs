@@ -4,13 +4,15 @@
 //!   hook sees it, and replies that are switched from port to port never pass that hook.
 //! * Of a bond or team the master is hooked: addresses and routes are the master's.
 //! * `lo` is hooked for the node's own clients of its own NodePorts.
-//! * Not hooked are devices whose frames have no Ethernet header, which the programs do not read.
+//! * Tunnels whose frames have no link header (WireGuard, ipip, tun) are hooked with programs of their own. Not hooked are
+//!   devices with other headers: GRE and SIT show the outer IP header at ingress, and none at egress.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use proxy_common::abi::{Address, Device};
 
+use crate::kernel::devices::LinkHeader;
 use crate::object::{Family, PerFamily};
 use crate::resolve::DetectLocal;
 use crate::source::links::Link;
@@ -26,6 +28,8 @@ pub enum Role {
     BridgePort,
     /// Of the node to itself.
     Loopback,
+    /// To other nodes or the outside; its frames have no link header.
+    Bare,
     /// Not hooked: its ports are.
     Bridge,
     /// Not hooked: its master is.
@@ -33,7 +37,7 @@ pub enum Role {
     /// Not hooked: its members are.
     Vrf,
     /// Not hooked: the programs cannot read its frames.
-    NoEthernet,
+    Unread,
 }
 
 impl Role {
@@ -44,10 +48,11 @@ impl Role {
             Self::Overlay => "overlay",
             Self::BridgePort => "bridge port",
             Self::Loopback => "loopback",
+            Self::Bare => "tunnel without link header",
             Self::Bridge => "bridge: its ports are hooked",
             Self::BondPort => "port of a bond: the bond is hooked",
             Self::Vrf => "VRF: its members are hooked",
-            Self::NoEthernet => "without Ethernet header: not served",
+            Self::Unread => "with a link header that is not read: not served",
         }
     }
 
@@ -56,11 +61,26 @@ impl Role {
         self.is_hooked() || matches!(self, Self::Bridge)
     }
 
+    /// What the device's frames begin with, if it is hooked.
+    pub const fn link_header(self) -> LinkHeader {
+        match self {
+            Self::Bare => LinkHeader::Bare,
+            Self::Device
+            | Self::Overlay
+            | Self::BridgePort
+            | Self::Loopback
+            | Self::Bridge
+            | Self::BondPort
+            | Self::Vrf
+            | Self::Unread => LinkHeader::Ethernet,
+        }
+    }
+
     /// Whether the device gets hooks.
     pub const fn is_hooked(self) -> bool {
         match self {
-            Self::Device | Self::Overlay | Self::BridgePort | Self::Loopback => true,
-            Self::Bridge | Self::BondPort | Self::Vrf | Self::NoEthernet => false,
+            Self::Device | Self::Overlay | Self::BridgePort | Self::Loopback | Self::Bare => true,
+            Self::Bridge | Self::BondPort | Self::Vrf | Self::Unread => false,
         }
     }
 }
@@ -109,8 +129,12 @@ fn role(link: &Link, master: Option<&Link>) -> Role {
     if link.loopback {
         return Role::Loopback;
     }
-    if link.hardware != libc::ARPHRD_ETHER {
-        return Role::NoEthernet;
+    match link.hardware {
+        libc::ARPHRD_ETHER => {}
+        libc::ARPHRD_NONE | libc::ARPHRD_PPP | libc::ARPHRD_TUNNEL | libc::ARPHRD_TUNNEL6 => {
+            return Role::Bare;
+        }
+        _ => return Role::Unread,
     }
     match link.kind.as_str() {
         "bridge" => return Role::Bridge,
@@ -191,6 +215,8 @@ mod tests {
             tun,
             link(10, "eth0.5", "vlan", 8, &[]),
             link(11, "cali1", "veth", 0, &[]),
+            Link { hardware: libc::ARPHRD_TUNNEL, ..link(12, "tunl0", "ipip", 0, &["10.244.1.7"]) },
+            Link { hardware: libc::ARPHRD_IPGRE, ..link(13, "gre1", "gre", 0, &[]) },
         ]
     }
 
@@ -211,13 +237,15 @@ mod tests {
             Role::Device,
             Role::BondPort,
             Role::Vrf,
-            Role::NoEthernet,
+            Role::Bare,
             Role::Device,
             Role::Device,
+            Role::Bare,
+            Role::Unread,
         ];
         assert_eq!(roles, expected);
         let bridges: Vec<u32> = places.values().map(|place| place.device.bridge).collect();
-        assert_eq!(bridges, [0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(bridges, [0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     }
 
     #[test]

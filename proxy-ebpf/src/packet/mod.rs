@@ -36,17 +36,15 @@ const IPV6: u32 = 0x86dd_u16.to_be() as u32;
 /// and a program of somebody else that changes it costs a look-up, no more.
 const SETTLED: u32 = 0x5ea1;
 
-/// Spares those that Sheave has nothing to do with: nearly all. These two programs never write to a frame. For one that
+/// What [`watch_bare_egress`] leaves there for [`egress`]: the link header is to be taken off again.
+const BARE: u32 = 0x5ea2;
+
+/// Spares those that Sheave has nothing to do with: nearly all. These programs never write to a frame. For one that
 /// does, wherever it does, the kernel first copies every frame that TCP still holds, and so each one that a pod sends.
 pub(crate) fn watch_ingress(ctx: &TcContext) -> i32 {
     let skb = Skb::new(ctx);
     skb.set_hint(0);
-    let v6 = match skb.protocol() {
-        IPV4 => false,
-        IPV6 => true,
-        _ => return NEXT,
-    };
-    if !decide::passes_in(&skb, &Device::of(ctx), v6) {
+    if is_ours(&skb, |v6| decide::passes_in(&skb, &Device::of(ctx), L2_BYTES, v6)) {
         // SAFETY: the context is this program's own.
         unsafe { PACKET_PROGRAMS.tail_call(ctx, INGRESS) };
     }
@@ -56,19 +54,53 @@ pub(crate) fn watch_ingress(ctx: &TcContext) -> i32 {
 /// As [`watch_ingress`].
 pub(crate) fn watch_egress(ctx: &TcContext) -> i32 {
     let skb = Skb::new(ctx);
-    if skb.hint() == SETTLED {
-        return NEXT;
-    }
-    let v6 = match skb.protocol() {
-        IPV4 => false,
-        IPV6 => true,
-        _ => return NEXT,
-    };
-    if !decide::passes_out(&skb, &Device::leaving(ctx), v6) {
-        // SAFETY: the context is this program's own.
+    if skb.hint() != SETTLED
+        && is_ours(&skb, |v6| decide::passes_out(&skb, &Device::leaving(ctx), L2_BYTES, v6))
+    {
+        // SAFETY: as above.
         unsafe { PACKET_PROGRAMS.tail_call(ctx, EGRESS) };
     }
     NEXT
+}
+
+/// As [`watch_ingress`], at a device whose frames have no link header. What may be ours gets one, so that the programs find
+/// everything where it always is; the stack looks behind it.
+pub(crate) fn watch_bare_ingress(ctx: &TcContext) -> i32 {
+    let skb = Skb::new(ctx);
+    skb.set_hint(0);
+    if is_ours(&skb, |v6| decide::passes_in(&skb, &Device::of(ctx), 0, v6)) {
+        if skb.add_link_header().is_none() {
+            return DROP;
+        }
+        // SAFETY: as above.
+        unsafe { PACKET_PROGRAMS.tail_call(ctx, INGRESS) };
+    }
+    NEXT
+}
+
+/// As [`watch_bare_ingress`]. The device is not to see the link header: a redirection to it takes it off ([`egress`]).
+pub(crate) fn watch_bare_egress(ctx: &TcContext) -> i32 {
+    let skb = Skb::new(ctx);
+    if skb.hint() != SETTLED && is_ours(&skb, |v6| decide::passes_out(&skb, &Device::leaving(ctx), 0, v6)) {
+        if skb.add_link_header().is_none() {
+            return DROP;
+        }
+        skb.set_hint(BARE);
+        // SAFETY: as above.
+        unsafe { PACKET_PROGRAMS.tail_call(ctx, EGRESS) };
+        return DROP;
+    }
+    NEXT
+}
+
+/// Whether it is an IP packet that does not certainly pass.
+#[inline(always)]
+fn is_ours(skb: &Skb<'_>, passes: impl Fn(bool) -> bool) -> bool {
+    match skb.protocol() {
+        IPV4 => !passes(false),
+        IPV6 => !passes(true),
+        _ => false,
+    }
 }
 
 // Every step is a global function, which the verifier walks once and by itself. Inlined, or as functions of this object
@@ -103,6 +135,11 @@ pub(crate) fn ingress(ctx: &TcContext) -> i32 {
 }
 
 pub(crate) fn egress(ctx: &TcContext) -> i32 {
+    let skb = Skb::new(ctx);
+    let bare = skb.hint() == BARE;
+    if bare {
+        skb.set_hint(0);
+    }
     let mut answer = match packet_parse(ctx.skb.skb) {
         TRANSPORT => match packet_out(ctx.skb.skb) {
             OTHER_PORT => packet_other_port(ctx.skb.skb),
@@ -134,6 +171,12 @@ pub(crate) fn egress(ctx: &TcContext) -> i32 {
         // SAFETY: any interface index is allowed; without a next hop the routing tables tell it.
         LEAVE => (unsafe { bpf_redirect_neigh(redirect_to(), null_mut(), 0, 0) }) as i32,
         COME_IN => come_in(),
+        NEXT if bare => {
+            // It comes by here once more.
+            skb.set_hint(SETTLED);
+            // SAFETY: any interface index is allowed; this one is the packet's own.
+            (unsafe { bpf_redirect(skb.device(), 0) }) as i32
+        }
         answer => answer,
     }
 }

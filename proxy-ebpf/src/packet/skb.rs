@@ -4,10 +4,12 @@ use core::arch::asm;
 
 use aya_ebpf::{
     bindings::__sk_buff,
-    helpers::{bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_pull_data},
+    helpers::{
+        bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_pull_data,
+    },
     programs::TcContext,
 };
-use proxy_common::decide::packet::{Covers, Packet};
+use proxy_common::decide::packet::{Covers, L2_BYTES, Packet};
 
 /// `BPF_F_PSEUDO_HDR`, `BPF_F_MARK_MANGLED_0`.
 const PSEUDO_HEADER: u64 = 1 << 4;
@@ -83,6 +85,18 @@ impl<'a> Skb<'a> {
             // SAFETY: the context is valid.
             let _ = unsafe { bpf_skb_pull_data(self.raw(), want) };
         }
+    }
+
+    /// Gives a frame that has none an Ethernet header, without addresses.
+    #[inline(always)]
+    pub(super) fn add_link_header(&self) -> Option<()> {
+        // SAFETY: the context is valid.
+        if unsafe { bpf_skb_change_head(self.raw(), L2_BYTES, 0) } != 0 {
+            return None;
+        }
+        // SAFETY: inside the frame.
+        unsafe { *self.at::<u16>(12)? = self.protocol() as u16 };
+        Some(())
     }
 
     // In assembly: the offset must stay in the instruction, and the loads in their place. The compiler makes "context plus

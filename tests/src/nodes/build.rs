@@ -4,6 +4,7 @@ use std::{fs, net::Ipv6Addr, sync::atomic::AtomicU32};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::tunnel::Tunnel;
 use super::{Attachment, Between, EXTERNAL_CIDR, Guard, Layout, PODS, SERVICE_CIDR, World, nft};
 use crate::{
     cgroup,
@@ -16,6 +17,9 @@ use crate::{
 const GATEWAY_MAC: &str = "ee:ee:ee:ee:ee:ee";
 const GATEWAY_V6: &str = "fe80::ecee:eeff:feee:eeee";
 const GATEWAY_V4: &str = "169.254.1.1";
+
+/// Name of the device of a tunnel without link headers.
+const BARE: &str = "tun0";
 
 /// Routes of the router for packets from behind it and for its own: what a node cannot place shall not come back to it.
 const FAR_TABLE: u8 = 100;
@@ -40,6 +44,10 @@ pub(super) fn world(layout: Layout) -> Result<World> {
         nodes.push(node(index, &layout, &router, &ground)?);
     }
     let [first, second] = nodes.as_slice() else { bail!("there are two nodes") };
+    let tunnel = match layout.between {
+        Between::Bare => Some(Tunnel::new([first.host().netns(), second.host().netns()], BARE)?),
+        Between::Routes | Between::Vxlan => None,
+    };
     for (near, there) in [(first, second), (second, first)] {
         between(near, there, layout.between)?;
         guard(near.host().netns(), &layout)?;
@@ -61,6 +69,7 @@ pub(super) fn world(layout: Layout) -> Result<World> {
         outside,
         far,
         nodes,
+        _tunnel: tunnel,
         unhooked,
         manifests,
         barriers: AtomicU32::new(0),
@@ -233,23 +242,31 @@ fn between(near: &Node, there: &Node, kind: Between) -> Result<()> {
             host.netns().ip(&pods_via(there, &other.v4().to_string(), &other.v6().to_string(), ""))
         }
         Between::Vxlan => {
-            // The device's addresses are of the node's range, as flannel has it.
-            let own = |node: &Node| -> (String, String) {
-                let (v4, v6) = (node.pod_cidr_v4(), node.pod_cidr_v6());
-                (v4.replace(".0/24", ".254"), v6.replace("::/64", ":2::254"))
-            };
-            let ((v4, v6), (there_v4, there_v6)) = (own(near), own(there));
             host.netns().ip(&format!(
-                "link add vxlan0 type vxlan id 7 local {} remote {} dstport 4789 nolearning dev eth0\n\
-                 address add {v4}/32 dev vxlan0\n\
-                 address add {v6}/128 dev vxlan0 nodad\n\
-                 link set vxlan0 up\n",
+                "link add vxlan0 type vxlan id 7 local {} remote {} dstport 4789 nolearning dev eth0\n",
                 host.v4(),
                 other.v4(),
             ))?;
-            host.netns().ip(&pods_via(there, &there_v4, &there_v6, "dev vxlan0 onlink"))
+            through(near, there, "vxlan0")
         }
+        Between::Bare => through(near, there, BARE),
     }
+}
+
+/// The same through a tunnel's device. Its addresses are of the node's range, as flannel has it.
+fn through(near: &Node, there: &Node, device: &str) -> Result<()> {
+    let own = |node: &Node| -> (String, String) {
+        let (v4, v6) = (node.pod_cidr_v4(), node.pod_cidr_v6());
+        (v4.replace(".0/24", ".254"), v6.replace("::/64", ":2::254"))
+    };
+    let ((v4, v6), (there_v4, there_v6)) = (own(near), own(there));
+    let netns = near.host().netns();
+    netns.ip(&format!(
+        "address add {v4}/32 dev {device}\n\
+         address add {v6}/128 dev {device} nodad\n\
+         link set {device} up\n",
+    ))?;
+    netns.ip(&pods_via(there, &there_v4, &there_v6, &format!("dev {device} onlink")))
 }
 
 /// Everyone who does not translate VIPs sends them to a node.

@@ -10,7 +10,7 @@
 //! Every name is a namespace of its own, without a way out; IPv6 addresses end in the same digits. Bridge pods share the
 //! node's bridge, which has an address. Point-to-point pods are attached as Calico does it: the node's end of the link
 //! has no address, and the pod's gateways are 169.254.1.1 and a link-local address. Between the nodes pod addresses are
-//! routed plainly or through a VXLAN device.
+//! routed plainly or through a tunnel: VXLAN, or one without link headers.
 //!
 //! Whoever is no node sends VIPs to the first node: the outside client, the far one behind two routers, and node-2 as
 //! long as no agent of its own takes them there.
@@ -18,6 +18,7 @@
 mod build;
 pub mod matrix;
 pub mod tap;
+mod tunnel;
 
 use std::{
     fmt,
@@ -27,6 +28,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
+use self::tunnel::Tunnel;
 use crate::{
     agent::{Agent, SYNCED_WITHIN, Source},
     client::Client,
@@ -64,6 +66,8 @@ pub enum Between {
     Routes,
     /// Inside a VXLAN tunnel.
     Vxlan,
+    /// Inside a tunnel whose frames have no link header.
+    Bare,
 }
 
 /// What a node's firewall does with packets that it forwards.
@@ -113,6 +117,12 @@ impl Default for Layout {
 }
 
 impl Layout {
+    /// With a tunnel without link headers between the nodes.
+    #[must_use]
+    pub fn bare_overlay() -> Self {
+        Self { between: Between::Bare, ..Self::overlay() }
+    }
+
     /// With a VXLAN tunnel between the nodes. A pod's packet to a node's own address does not fit through it and back by
     /// the same way, so a CNI masquerades it.
     #[must_use]
@@ -154,6 +164,7 @@ pub struct World {
     outside: Place,
     far: Place,
     nodes: Vec<Node>,
+    _tunnel: Option<Tunnel>,
     unhooked: PathBuf,
     manifests: Manifests,
     barriers: AtomicU32,

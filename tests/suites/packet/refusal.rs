@@ -13,33 +13,13 @@ use sheave_tests::{
 
 use crate::{
     stage::{Stage, bridge_pod, cluster_ips, everything, frontends, p2p_pod, served},
-    talk::{BOTH, PATIENCE, SILENCE, answered, datagrams, try_once},
+    talk::{BOTH, PATIENCE, answered, datagrams, is_answered, is_dropped, is_refused, try_once},
 };
 
 /// Clients outside, far, in pods of both kinds, and on the node itself.
 fn clients(world: &World) -> [&Place; 5] {
     let node = world.node(0).unwrap().host();
     [world.outside(), world.far(), bridge_pod(world, 0, 1), p2p_pod(world, 0, 1), node]
-}
-
-#[track_caller]
-fn is_refused(world: &World, from: &Place, transport: Transport, to: SocketAddr) {
-    let outcome = try_once(world, from, transport, to, PATIENCE);
-    let refused = outcome.as_ref().is_err_and(|failure| failure.is_refused());
-    assert!(refused, "{} {transport:?} {to}: {outcome:?}", from.name());
-}
-
-#[track_caller]
-fn is_dropped(world: &World, from: &Place, transport: Transport, to: SocketAddr) {
-    let outcome = try_once(world, from, transport, to, SILENCE);
-    let dropped = outcome.as_ref().is_err_and(|failure| failure.is_timeout());
-    assert!(dropped, "{} {transport:?} {to}: {outcome:?}", from.name());
-}
-
-#[track_caller]
-fn is_answered(world: &World, from: &Place, transport: Transport, to: SocketAddr) {
-    let outcome = try_once(world, from, transport, to, PATIENCE);
-    assert!(outcome.is_ok(), "{} {transport:?} {to}: {outcome:?}", from.name());
 }
 
 /// Z6: a port that no Service has at a known cluster IP, with endpoints or without.

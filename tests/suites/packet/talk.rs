@@ -36,6 +36,26 @@ pub(crate) fn try_once(
     world.unhooked(from).unwrap().connect(transport, Dial::new(to).timeout(patience)).unwrap()
 }
 
+#[track_caller]
+pub(crate) fn is_refused(world: &World, from: &Place, transport: Transport, to: SocketAddr) {
+    let outcome = try_once(world, from, transport, to, PATIENCE);
+    let refused = outcome.as_ref().is_err_and(|failure| failure.is_refused());
+    assert!(refused, "{} {transport:?} {to}: {outcome:?}", from.name());
+}
+
+#[track_caller]
+pub(crate) fn is_dropped(world: &World, from: &Place, transport: Transport, to: SocketAddr) {
+    let outcome = try_once(world, from, transport, to, SILENCE);
+    let dropped = outcome.as_ref().is_err_and(|failure| failure.is_timeout());
+    assert!(dropped, "{} {transport:?} {to}: {outcome:?}", from.name());
+}
+
+#[track_caller]
+pub(crate) fn is_answered(world: &World, from: &Place, transport: Transport, to: SocketAddr) {
+    let outcome = try_once(world, from, transport, to, PATIENCE);
+    assert!(outcome.is_ok(), "{} {transport:?} {to}: {outcome:?}", from.name());
+}
+
 /// The server that answers.
 #[track_caller]
 pub(crate) fn answered(outcome: &Outcome) -> &str {

@@ -50,7 +50,10 @@ fn bystanders_are_spared() {
         let node = busy(v6, false);
         let spared = |from, to| {
             let frame = build(carries.clone(), from, to).frame();
-            (packet::passes_in(&frame, &node.maps, v6), packet::passes_out(&frame, &node.maps, v6))
+            (
+                packet::passes_in(&frame, &node.maps, L2_BYTES, v6),
+                packet::passes_out(&frame, &node.maps, L2_BYTES, v6),
+            )
         };
         let (client, pod, router) = (node.client(50_000), node.pod(50_000), node.router());
         assert_eq!(spared(client, pod), (true, true));

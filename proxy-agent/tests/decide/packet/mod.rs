@@ -148,7 +148,7 @@ impl Node {
     /// As the ingress programs of the kernel do: whoever is spared the whole way must be left alone by it.
     fn comes_in(&self, frame: &mut Frame) -> After {
         let before = frame.clone();
-        let spared = packet::passes_in(frame, &self.maps, self.v6());
+        let spared = packet::passes_in(frame, &self.maps, L2_BYTES, self.v6());
         let after = self.comes_in_whole(frame);
         assert!(
             !spared || (after == After::Next && *frame == before),
@@ -180,7 +180,7 @@ impl Node {
     /// As the egress programs of the kernel do, and with the same condition.
     fn goes_out(&self, frame: &mut Frame) -> After {
         let before = frame.clone();
-        let spared = packet::passes_out(frame, &self.maps, self.v6());
+        let spared = packet::passes_out(frame, &self.maps, L2_BYTES, self.v6());
         let after = self.goes_out_whole(frame);
         assert!(
             !spared || (after == After::Next && *frame == before),

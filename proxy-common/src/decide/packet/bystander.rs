@@ -5,7 +5,7 @@
 
 use super::headers::ICMP;
 use super::ingress::is_unassigned;
-use super::{L2_BYTES, Packet, PacketTables};
+use super::{Packet, PacketTables};
 use crate::abi::{Address, Port, Protocol};
 use crate::decide::Peer;
 
@@ -14,10 +14,10 @@ const PLAIN_V4: u8 = 0x45;
 /// "More fragments", and the fragment's offset.
 const FRAGMENT: u16 = 0x3fff;
 
-/// Whether a packet that comes in is certainly left alone.
+/// Whether a packet that comes in, with its IP header at `l3`, is certainly left alone.
 #[inline(always)]
-pub fn passes_in(packet: &impl Packet, tables: &impl PacketTables, v6: bool) -> bool {
-    let Some((from, to)) = ends(packet, v6) else { return false };
+pub fn passes_in(packet: &impl Packet, tables: &impl PacketTables, l3: u32, v6: bool) -> bool {
+    let Some((from, to)) = ends(packet, l3, v6) else { return false };
     // Who has flows may talk to a backend of one directly (M11).
     if tables.may_be_snat(to.1) || tables.may_be_vip(&to.0) || tables.may_be_flow(&from.0, from.1) {
         return false;
@@ -25,10 +25,10 @@ pub fn passes_in(packet: &impl Packet, tables: &impl PacketTables, v6: bool) -> 
     !is_unassigned(tables, &to.0)
 }
 
-/// Whether a packet that leaves is certainly left alone.
+/// Whether a packet that leaves, with its IP header at `l3`, is certainly left alone.
 #[inline(always)]
-pub fn passes_out(packet: &impl Packet, tables: &impl PacketTables, v6: bool) -> bool {
-    let Some((from, to)) = ends(packet, v6) else { return false };
+pub fn passes_out(packet: &impl Packet, tables: &impl PacketTables, l3: u32, v6: bool) -> bool {
+    let Some((from, to)) = ends(packet, l3, v6) else { return false };
     if tables.may_be_flow(&to.0, to.1) || tables.may_be_flow(&from.0, from.1) {
         return false;
     }
@@ -37,8 +37,8 @@ pub fn passes_out(packet: &impl Packet, tables: &impl PacketTables, v6: bool) ->
 
 /// Source and destination of a packet of the usual shape. Without ports it has port 0.
 #[inline(always)]
-fn ends(packet: &impl Packet, v6: bool) -> Option<(Peer, Peer)> {
-    if v6 { ends_v6(packet, L2_BYTES) } else { ends_v4(packet, L2_BYTES) }
+fn ends(packet: &impl Packet, l3: u32, v6: bool) -> Option<(Peer, Peer)> {
+    if v6 { ends_v6(packet, l3) } else { ends_v4(packet, l3) }
 }
 
 #[inline(always)]
