@@ -46,7 +46,7 @@ pub(super) fn world(layout: Layout) -> Result<World> {
     let [first, second] = nodes.as_slice() else { bail!("there are two nodes") };
     let tunnel = match layout.between {
         Between::Bare => Some(Tunnel::new([first.host().netns(), second.host().netns()], BARE)?),
-        Between::Routes | Between::Vxlan => None,
+        Between::Routes | Between::Vxlan | Between::Ip6 => None,
     };
     for (near, there) in [(first, second), (second, first)] {
         between(near, there, layout.between)?;
@@ -250,6 +250,14 @@ fn between(near: &Node, there: &Node, kind: Between) -> Result<()> {
             through(near, there, "vxlan0")
         }
         Between::Bare => through(near, there, BARE),
+        Between::Ip6 => {
+            host.netns().ip(&format!(
+                "link add ip6tnl7 type ip6tnl mode any local {} remote {} encaplimit none\n",
+                host.v6(),
+                other.v6(),
+            ))?;
+            through(near, there, "ip6tnl7")
+        }
     }
 }
 

@@ -68,6 +68,8 @@ pub enum Between {
     Vxlan,
     /// Inside a tunnel whose frames have no link header.
     Bare,
+    /// As [`Between::Bare`], inside IPv6, by the kernel's own device (module ip6_tunnel).
+    Ip6,
 }
 
 /// What a node's firewall does with packets that it forwards.
@@ -121,6 +123,12 @@ impl Layout {
     #[must_use]
     pub fn bare_overlay() -> Self {
         Self { between: Between::Bare, ..Self::overlay() }
+    }
+
+    /// With a tunnel of the kernel's own without link headers between the nodes.
+    #[must_use]
+    pub fn ip6_overlay() -> Self {
+        Self { between: Between::Ip6, ..Self::overlay() }
     }
 
     /// With a VXLAN tunnel between the nodes. A pod's packet to a node's own address does not fit through it and back by

@@ -1,0 +1,33 @@
+//! What only a kernel with its modules has: SCTP sockets, and a tunnel of its own without link headers. Not among the suites
+//! of `cargo test`, since the machine may have neither: `cargo xtask vm -- modules`.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "the helpers of tests fail as tests do; the table is printed"
+)]
+
+mod sctp;
+
+use sheave_tests::nodes::{
+    Layout, World,
+    matrix::{self, Settings, cases, objects},
+};
+
+/// As Calico's and WireGuard's; the matrix of `tests/suites/matrix.rs` runs through a tun device instead.
+#[test]
+fn matrix_over_ip6tnl() {
+    let layout = Layout { rp_filter: 2, ..Layout::ip6_overlay() };
+    let mut world = World::new(layout).unwrap();
+    world.serve().unwrap();
+    world.manifests().write("matrix", &objects(&world).unwrap()).unwrap();
+    for node in [0, 1] {
+        world.start_agent(node, &[]).unwrap();
+    }
+    world.settle().unwrap();
+    let table = matrix::run(&world, &cases(), Settings::default()).unwrap();
+    println!("{table}");
+    assert_eq!(table.wrong(), 0, "of {}:\n{}", table.total(), table.failures());
+}
