@@ -93,6 +93,7 @@ fn run_verb(verb: Verb) -> Result<ExitCode> {
             demo::run()
         }
         Verb::Bench(options) if build::is_prepared() => bench::run(&options),
+        Verb::Bench(options) if let Some(machine) = options.vm() => return vm::run(&machine),
         Verb::Bench(options) => {
             part("setup", || {
                 setup::toolchain()?;

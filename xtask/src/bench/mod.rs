@@ -44,6 +44,7 @@ use self::{
 use crate::{
     build::Binaries,
     shell::{output, seconds},
+    vm::{self, Kernel},
 };
 
 /// Half the width of the interval around one that two equal arms may have.
@@ -82,6 +83,17 @@ pub(crate) struct Options {
     /// Measures nothing: only reports again what an earlier run left
     #[arg(long, conflicts_with = "ids")]
     report: bool,
+    /// The tools only (iperf3 by pod IP, VIP and NodePort; wrk) in a virtual machine with this kernel, as of `cargo xtask
+    /// vm`. Without KVM that shows that all ways work, and no speed; nothing of it is kept
+    #[arg(
+        long,
+        value_name = "KERNEL",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "newest",
+        conflicts_with_all = ["full", "quick", "smoke", "services", "add", "check", "publish", "report", "ids"]
+    )]
+    vm: Option<Kernel>,
     /// Metrics: p1 p2 p3 p4 p5 p8 a1 a2 a3 a4 a6 tools (a4 has a5, p1 has p7 and p12); without, all of these. Only when named: api,
     /// an agent beside a real API server, which takes ten minutes at 10,000 Services
     ids: Vec<String>,
@@ -107,6 +119,13 @@ pub(crate) struct Effort {
 }
 
 impl Options {
+    /// The virtual machine that measures instead, if one is asked for.
+    pub(crate) fn vm(&self) -> Option<vm::Options> {
+        let alone = self.alone.then_some("--alone");
+        let command = ["bench", "--smoke", "--services=1"].into_iter().chain(alone).chain([tools::ID]);
+        self.vm.map(|kernel| vm::Options::new(kernel, command.map(ToOwned::to_owned).collect()))
+    }
+
     fn effort(&self) -> Effort {
         let effort = self.usual();
         match &*self.services {

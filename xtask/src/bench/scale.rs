@@ -25,6 +25,8 @@ pub(crate) const NODE_PORTS_MAX: u32 = 2000;
 pub(crate) const TOOL_VIP: &str = "10.97.0.1";
 pub(crate) const TOOL_BACKEND: &str = "10.208.0.9";
 pub(crate) const TOOL_PORT: u16 = 5201;
+/// Its port of the node, behind those of the others.
+pub(crate) const TOOL_NODE_PORT: u16 = 32_201;
 
 /// Where pods and their clients are, so that nobody's source is replaced.
 pub(crate) const CLUSTER_CIDR: &str = "10.192.0.0/10,fd00::/16";
@@ -175,6 +177,7 @@ impl Scale {
     pub(crate) fn tools() -> [Value; 2] {
         use sheave_tests::manifests;
         let service = manifests::service("tools", &[TOOL_VIP]).port("tcp", "TCP", TOOL_PORT, TOOL_PORT);
+        let service = service.node_ports(&[TOOL_NODE_PORT]);
         let slice = manifests::slice("tools-1", "tools", "IPv4")
             .slice_port("tcp", "TCP", TOOL_PORT)
             .endpoint(TOOL_BACKEND, "node-1");

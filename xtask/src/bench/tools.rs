@@ -12,7 +12,7 @@ use super::{
     go_on,
     report::Report,
     row::{AGAIN, Goal, Row},
-    scale::{Family, PORT, TARGET_PORT, TOOL_BACKEND, TOOL_PORT, TOOL_VIP},
+    scale::{Family, PORT, TARGET_PORT, TOOL_BACKEND, TOOL_NODE_PORT, TOOL_PORT, TOOL_VIP},
     world::{CLIENT_CPU, SERVER_CPU, Side, World},
 };
 
@@ -23,11 +23,27 @@ pub(crate) const ID: &str = "tools";
 const ROUNDS: u32 = 5;
 
 /// What is run.
-const RUNS: [(&str, &str); 3] = [
-    ("iperf3, one stream", "ns/kB"),
-    ("wrk, one connection kept", "ns"),
-    ("wrk, a connection a request", "ns"),
+const RUNS: [(&str, &str, Run); 4] = [
+    ("iperf3, one stream", "ns/kB", Run::Iperf3(Way::Vip)),
+    ("iperf3, one stream by NodePort", "ns/kB", Run::Iperf3(Way::NodePort)),
+    ("wrk, one connection kept", "ns", Run::Wrk(&[])),
+    ("wrk, a connection a request", "ns", Run::Wrk(&["--header", "Connection: close"])),
 ];
+
+/// A tool, and how it is used.
+#[derive(Clone, Copy)]
+enum Run {
+    Iperf3(Way),
+    /// With these arguments.
+    Wrk(&'static [&'static str]),
+}
+
+/// What is dialled where there is a proxy; elsewhere it is the pod.
+#[derive(Clone, Copy)]
+enum Way {
+    Vip,
+    NodePort,
+}
 
 /// A server that is killed when dropped.
 struct Served(Child);
@@ -46,17 +62,16 @@ pub(crate) fn measure(worlds: &Worlds, effort: &Effort, report: &mut Report) -> 
     arms.extend(worlds.peers.iter().map(|peer| (name_of(peer.mode), &peer.world, Side::Outside, true)));
     arms.push((AGAIN, &worlds.again, Side::Outside, false));
     let servers = arms.iter().map(|(_, world, ..)| serve(world)).collect::<Result<Vec<_>>>()?;
-    for (what, (name, unit)) in RUNS.into_iter().enumerate() {
+    for (name, unit, tool) in RUNS {
         let mut values = vec![Vec::new(); arms.len()];
         worlds.still(|| {
             for _ in 0..ROUNDS.min(effort.rounds) {
                 for ((arm, world, side, is_service), values) in arms.iter().zip(&mut values) {
                     go_on()?;
                     world.node()?.host().netns().forget_connections()?;
-                    let value = match what {
-                        0 => iperf3(world, *side, *is_service),
-                        1 => wrk(world, *side, *is_service, &[]),
-                        _ => wrk(world, *side, *is_service, &["--header", "Connection: close"]),
+                    let value = match tool {
+                        Run::Iperf3(way) => iperf3(world, *side, is_service.then_some(way)),
+                        Run::Wrk(arguments) => wrk(world, *side, *is_service, arguments),
                     };
                     values.push(value.with_context(|| format!("{name}, {arm}"))?);
                 }
@@ -92,14 +107,18 @@ fn run(world: &World, side: Side, program: &str, arguments: &[&str]) -> Result<S
 }
 
 /// The nanoseconds that a kilobyte takes.
-fn iperf3(world: &World, side: Side, is_service: bool) -> Result<f64> {
-    let to = if is_service { TOOL_VIP } else { TOOL_BACKEND };
-    let (port, cpu) = (TOOL_PORT.to_string(), CLIENT_CPU.to_string());
+fn iperf3(world: &World, side: Side, way: Option<Way>) -> Result<f64> {
+    let (to, port) = match way {
+        None => (TOOL_BACKEND.to_owned(), TOOL_PORT),
+        Some(Way::Vip) => (TOOL_VIP.to_owned(), TOOL_PORT),
+        Some(Way::NodePort) => (world.node()?.host().v4().to_string(), TOOL_NODE_PORT),
+    };
+    let (port, cpu) = (port.to_string(), CLIENT_CPU.to_string());
     let said = run(
         world,
         side,
         "iperf3",
-        &["--client", to, "--port", &port, "--time", "1", "--json", "--affinity", &cpu],
+        &["--client", &to, "--port", &port, "--time", "1", "--json", "--affinity", &cpu],
     )?;
     let said: Value = serde_json::from_str(&said).context("what iperf3 says")?;
     let bits = said.pointer("/end/sum_received/bits_per_second").and_then(Value::as_f64);

@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use sheave_tests::kubernetes::programs::PROGRAMS;
 
 use super::packages::{cache, fresh, pack};
 use crate::{
@@ -77,9 +78,15 @@ fn fill(home: &Path, command: &[String]) -> Result<()> {
 
 /// The programs, and their names in the machine: a suite's file is named after its contents too.
 fn binaries(command: &[String]) -> Result<Vec<(&str, PathBuf)>> {
-    let binaries = build(Profile::Dev)?;
-    let mut files = vec![("sheave", binaries.sheave), ("lab-client", binaries.lab_client)];
     let first = command.first().map(String::as_str).unwrap_or_default();
+    // What is measured is what users have.
+    let binaries = build(if first == BENCH { Profile::Release } else { Profile::Dev })?;
+    let mut files = vec![("sheave", binaries.sheave), ("lab-client", binaries.lab_client)];
+    if wants_kubernetes(command) {
+        for program in PROGRAMS {
+            files.push((program.name, program.path()?));
+        }
+    }
     if is_verb(first) {
         files.push(("xtask", std::env::current_exe().context("asking for this program's own path")?));
     } else if is_suite(first)? {
@@ -88,9 +95,17 @@ fn binaries(command: &[String]) -> Result<Vec<(&str, PathBuf)>> {
     Ok(files)
 }
 
+/// Whether the command runs kube-proxy.
+pub(super) fn wants_kubernetes(command: &[String]) -> bool {
+    command.first().is_some_and(|first| first == BENCH) && !command.iter().any(|word| word == "--alone")
+}
+
+/// The verb that measures.
+const BENCH: &str = "bench";
+
 /// Verbs of this program that need nothing but binaries.
 fn is_verb(first: &str) -> bool {
-    ["demo", "bench"].contains(&first)
+    ["demo", BENCH].contains(&first)
 }
 
 fn is_suite(first: &str) -> Result<bool> {

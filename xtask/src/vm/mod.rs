@@ -14,7 +14,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::ValueEnum;
 
-use crate::{setup, shell::part};
+use crate::{kubernetes, setup, shell::part};
 
 /// What to run, and under what.
 #[derive(Debug, clap::Args)]
@@ -41,11 +41,19 @@ pub(crate) enum Kernel {
     Newest,
 }
 
+impl Options {
+    /// A command under a kernel.
+    pub(crate) fn new(kernel: Kernel, command: Vec<String>) -> Self {
+        Self { kernel, command }
+    }
+}
+
 /// Runs the command; its status is the guest's.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     part("setup", || {
         setup::toolchain()?;
-        setup::vm_commands()
+        setup::vm_commands()?;
+        if guest::wants_kubernetes(&options.command) { kubernetes::programs() } else { Ok(()) }
     })?;
     let guest = part("build", || guest::prepare(&options.command))?;
     let (kernel, packages) =

@@ -13,7 +13,7 @@ use sheave_tests::cache;
 use crate::shell::{output, run};
 
 /// What the lab and the tests run, a shell, and what loads modules.
-const PACKAGES: [&str; 10] = [
+const PACKAGES: [&str; 11] = [
     "bind9-dnsutils",
     "busybox-static",
     "curl",
@@ -24,6 +24,7 @@ const PACKAGES: [&str; 10] = [
     "iptables",
     "kmod",
     "nftables",
+    "wrk",
 ];
 
 /// What packages bring along and nobody here reads: the machine lives in memory.
@@ -47,8 +48,10 @@ pub(super) fn cache() -> Result<PathBuf> {
 /// The archive of the root file system without kernel and our own files.
 pub(super) fn bring() -> Result<PathBuf> {
     let cache = cache()?;
-    let archive = cache.join("packages.cpio");
-    if archive.is_file() {
+    let (archive, recipe) = (cache.join("packages.cpio"), cache.join("packages.recipe"));
+    let wanted = [&PACKAGES[..], &LEFT_OUT, &MERGED].concat().join("\n");
+    // The archive of an older source tree lacks what has been added since.
+    if archive.is_file() && fs::read_to_string(&recipe).is_ok_and(|made_by| made_by == wanted) {
         return Ok(archive);
     }
     let downloads = cache.join("packages");
@@ -71,6 +74,7 @@ pub(super) fn bring() -> Result<PathBuf> {
     pack(&root, &archive)?;
     fs::remove_dir_all(&root).context("removing what was packed")?;
     fs::remove_dir_all(&downloads).context("removing what was unpacked")?;
+    fs::write(&recipe, wanted).with_context(|| format!("writing {}", recipe.display()))?;
     Ok(archive)
 }
 
