@@ -12,6 +12,7 @@ use crate::agent::{Agent, Config};
 use crate::control;
 use crate::dataplane::Limits;
 use crate::kernel::devices::Hooks;
+use crate::kernel::programs::FlowLimits;
 use crate::packet::{self, settings::SnatPorts};
 use crate::source::{addresses, files, kube, links};
 
@@ -66,7 +67,7 @@ struct PacketArgs {
     flow_sweep_ms: u64,
 }
 
-/// Sizes that the tables start with. They grow by themselves; pinned ones keep their size.
+/// Sizes of tables; pinned ones keep theirs. Those that are called initial grow by themselves.
 #[derive(Args, Clone, Copy, Debug)]
 #[command(next_help_heading = "Table sizes")]
 struct LimitArgs {
@@ -82,6 +83,18 @@ struct LimitArgs {
     /// Endpoints of all service ports.
     #[arg(long, value_name = "N", default_value_t = 1 << 16, value_parser = clap::value_parser!(u32).range(16..))]
     initial_backends: u32,
+    /// Connections by packet whose clients have gone on after the first answer: these give way to nobody. One that finds
+    /// no room stays among the others. About 300 bytes each; made once, until `sheave cleanup`.
+    #[arg(long, value_name = "N", default_value_t = 1 << 16, value_parser = flow_table_size())]
+    flow_table_size: u32,
+    /// Other connections by packet: the oldest give way to new ones. About 300 bytes each; made once, until `sheave cleanup`.
+    #[arg(long, value_name = "N", default_value_t = 1 << 14, value_parser = flow_table_size())]
+    young_flow_table_size: u32,
+}
+
+/// Fewer would be too few for the free places that each CPU keeps; more would take 5 GB.
+fn flow_table_size() -> clap::builder::RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1 << 10..=1 << 24)
 }
 
 impl RunArgs {
@@ -102,6 +115,10 @@ impl RunArgs {
             },
             packets: packet::Options {
                 snat_ports: self.packets.snat_port_range,
+                flow_limits: FlowLimits {
+                    grown: self.limits.flow_table_size,
+                    young: self.limits.young_flow_table_size,
+                },
                 sweep_every: Duration::from_millis(self.packets.flow_sweep_ms),
                 take_over: self.packets.take_over,
                 hooks: match self.packets.device_hooks {

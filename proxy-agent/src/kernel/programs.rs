@@ -95,6 +95,15 @@ const STATE: [Shape; 20] = [
     shape!("FRAGMENTS", FragmentKey, FragmentPorts),
 ];
 
+/// How many connections the packet path keeps. Their tables do not grow: nothing could be moved while packets write.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FlowLimits {
+    /// Whose clients have gone on: `FLOWS`, and `SNAT`.
+    pub grown: u32,
+    /// Others: `YOUNG_FLOWS`, and `YOUNG_SNAT`.
+    pub young: u32,
+}
+
 /// What the programs are told at load time.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Settings {
@@ -104,6 +113,8 @@ pub struct Settings {
     pub set_retval: bool,
     /// Whether the programs of the packet path are loaded at all.
     pub packet_path: bool,
+    /// Sizes of tables that are not pinned yet.
+    pub flow_limits: FlowLimits,
 }
 
 impl Settings {
@@ -111,7 +122,7 @@ impl Settings {
     ///
     /// # Errors
     /// If the kernel's version cannot be read.
-    pub fn of_this_host(packet_path: bool) -> Result<Self, Error> {
+    pub fn of_this_host(packet_path: bool, flow_limits: FlowLimits) -> Result<Self, Error> {
         let (major, minor, patch) = SET_RETVAL_SINCE;
         let version = KernelVersion::current().map_err(|error| {
             Error::path("read the kernel version from", "/proc")(std::io::Error::other(error))
@@ -120,6 +131,7 @@ impl Settings {
             host_netns: sys::netns_cookie().unwrap_or(0),
             set_retval: version >= KernelVersion::new(major, minor, patch),
             packet_path,
+            flow_limits,
         })
     }
 }
@@ -157,7 +169,11 @@ impl Loaded {
             .map_max_entries("FRONTENDS", frontends::places(limits.frontends))
             .map_max_entries("SERVICES", limits.services)
             .map_max_entries("SLOTS", limits.slots)
-            .map_max_entries("BACKENDS", limits.backends);
+            .map_max_entries("BACKENDS", limits.backends)
+            .map_max_entries("FLOWS", settings.flow_limits.grown)
+            .map_max_entries("SNAT", settings.flow_limits.grown)
+            .map_max_entries("YOUNG_FLOWS", settings.flow_limits.young)
+            .map_max_entries("YOUNG_SNAT", settings.flow_limits.young);
         for (shape, path) in pinned() {
             loader.map_pin_path(shape.name, path);
         }

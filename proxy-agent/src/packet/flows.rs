@@ -17,6 +17,7 @@ use serde::Serialize;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::ageing::{Filters, InUse, Places};
+use crate::kernel::programs::FlowLimits;
 use crate::kernel::table::Table;
 use crate::kernel::{self, Pins};
 use crate::takeover::hand_back;
@@ -190,6 +191,23 @@ impl Flows {
             suspects: HashSet::new(),
             told_full: [false; 3],
         })
+    }
+
+    /// What is pinned keeps its size: connections are in it. Says so where another one was asked for.
+    pub fn tell_sizes(&self, asked: FlowLimits) {
+        for (flag, is, asked) in [
+            ("--flow-table-size", self.flows.limit(), asked.grown),
+            ("--young-flow-table-size", self.young.limit(), asked.young),
+        ] {
+            if is != asked {
+                tracing::warn!(
+                    flag,
+                    asked,
+                    is,
+                    "the table is there already: it keeps its size until `sheave cleanup`"
+                );
+            }
+        }
     }
 
     /// All connections. The young ones are read first: one that is answered meanwhile comes twice rather than not at

@@ -31,8 +31,9 @@ use self::roles::{Place, Role};
 use self::settings::SnatPorts;
 use crate::kernel::devices::{self, Hooks, LinkHeader};
 use crate::kernel::mapping::Mapping;
+use crate::kernel::programs::{FlowLimits, open_pinned};
 use crate::kernel::table::{Table, io_error};
-use crate::kernel::{self, Loaded, Pins, programs::open_pinned};
+use crate::kernel::{self, Loaded, Pins};
 use crate::model::Model;
 use crate::object::{Family, ObjectKey};
 use crate::served::Served;
@@ -47,6 +48,8 @@ const RETRY: Duration = Duration::from_secs(1);
 pub struct Options {
     /// Ports of replaced sources.
     pub snat_ports: SnatPorts,
+    /// Sizes of the tables of connections, unless they are pinned already.
+    pub flow_limits: FlowLimits,
     /// How often the tables of connections are looked through.
     pub sweep_every: Duration,
     /// Whether kube-proxy's rules go.
@@ -124,7 +127,9 @@ impl PacketPath {
         let read = |what| kernel::Error::path("read", pins.state().join(what));
         let devices_written = devices.entries().map_err(read("DEVICES"))?.into_iter().collect();
         let (to, reports) = unbounded_channel();
-        let upkeep = Upkeep::start(Flows::open(pins)?, ageing::Filters::open(pins)?, options.sweep_every, to);
+        let flows = Flows::open(pins)?;
+        flows.tell_sizes(options.flow_limits);
+        let upkeep = Upkeep::start(flows, ageing::Filters::open(pins)?, options.sweep_every, to);
         // A run that ended halfway begins anew.
         let halfway = settings_written.flags & PacketSettings::LEAVE_NEW != 0;
         let fresh = halfway || !devices::hooked(pins)?.values().any(|hooked| *hooked);

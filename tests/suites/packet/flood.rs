@@ -5,6 +5,11 @@ use std::{fs, thread};
 use anyhow::ensure;
 use etherparse::PacketBuilder;
 use nix::errno::Errno;
+use proxy_agent::{
+    kernel::{Pins, table::Table},
+    packet::flows::now_ns,
+};
+use proxy_common::abi::{Flow, FlowKey, Port};
 use serde_json::Value;
 use sheave_tests::{
     lab::Place,
@@ -21,7 +26,7 @@ use crate::{
     talk::{Talk, ask, datagrams},
 };
 
-/// Ten times what `FLOWS` holds.
+/// Ten times what `FLOWS` holds unless it is told otherwise.
 const SYNS: u32 = 10 * 65_536;
 
 /// Addresses of the far client's network that nobody has.
@@ -82,6 +87,13 @@ fn flows(world: &World, field: &str) -> u64 {
     status["flows"][field].as_u64().unwrap()
 }
 
+/// Lines of the agent's log about a table.
+fn said(world: &World, table: &str) -> usize {
+    let log = fs::read_to_string(world.agent(0).unwrap().log()).unwrap();
+    let about = format!("table=\"{table}\"");
+    log.lines().filter(|line| line.contains(&about)).count()
+}
+
 /// The backend answers every one of them; connections of clients that go on stay, however long they rest, and new ones come
 /// through. The agent says once what happens.
 #[test]
@@ -121,16 +133,12 @@ fn connections_outlive_a_flood_of_ten_table_sizes() {
     for socket in &datagrams {
         ask(socket, b"3").unwrap();
     }
-    let said = || {
-        let log = fs::read_to_string(world.agent(0).unwrap().log()).unwrap();
-        log.lines().filter(|line| line.contains("YOUNG_FLOWS")).count()
-    };
     eventually("the agent says so", || {
-        ensure!(said() > 0);
+        ensure!(said(world, "YOUNG_FLOWS") > 0);
         Ok(())
     })
     .unwrap();
-    assert_eq!(said(), 1);
+    assert_eq!(said(world, "YOUNG_FLOWS"), 1);
 }
 
 /// Three times what `YOUNG_FLOWS` holds.
@@ -155,4 +163,57 @@ fn m2_no_packet_of_a_flood_keeps_its_source() {
     let arrived = counter.read().unwrap();
     assert!(arrived.replaced > u64::from(DATAGRAMS / 2), "the flood came to nothing: {arrived:?}");
     assert_eq!(arrived.unchanged, 0, "{arrived:?}");
+}
+
+/// What the smallest tables hold.
+const FEW: u32 = 1024;
+
+const SMALL: [&str; 6] =
+    ["--flow-sweep-ms", "200", "--flow-table-size", "1024", "--young-flow-table-size", "1024"];
+
+/// Tables have the sizes that were asked for, and keep them. With no room for connections that go on, new ones are
+/// served none the less.
+#[test]
+fn small_tables_are_full_and_serve() {
+    let mut stage = Stage::with(Layout::default(), &SMALL);
+    let pod = bridge_pod(&stage.world, 0, 0);
+    stage.apply("web", &served(&stage.world, "web", 1, &[(0, pod)]));
+    let world = &stage.world;
+    let vip = |family| std::net::SocketAddr::new(cluster_ips(1)[family], 80);
+    assert_eq!((flows(world, "flows_limit"), flows(world, "young_flows_limit")), (FEW.into(), FEW.into()));
+    assert_eq!(flows(world, "snat_limit"), u64::from(FEW));
+
+    let mut resting = [0, 1].map(|family| Talk::open(world.far(), 0, vip(family)));
+    // Others have all the room there is.
+    let pins = Pins::new(world.node(0).unwrap().directory().join("bpffs"));
+    let mut table: Table<FlowKey, Flow> = Table::open(&pins.state(), "FLOWS").unwrap();
+    let others: Vec<_> = (1..=u16::try_from(FEW).unwrap())
+        .map(|port| {
+            let client = std::net::IpAddr::from([192, 0, 2, 9]).into();
+            let flow = Flow { flags: Flow::ANSWERED, used_ns: now_ns(), ..Flow::default() };
+            (FlowKey::new(client, Port::new(port), 6), flow)
+        })
+        .collect();
+    assert_eq!(table.put_all(&others).len(), resting.len(), "FLOWS has another size");
+    let crowded_out = || world.agent(0).unwrap().counter("packet_flows_full").unwrap();
+    assert_eq!(crowded_out(), 0);
+    let mut late = Talk::open(world.far(), 0, vip(0));
+    late.echo(3000).unwrap();
+    assert!(crowded_out() > 0);
+    eventually("the agent says so", || {
+        ensure!(said(world, "FLOWS") > 0);
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(said(world, "FLOWS"), 1);
+
+    // Another size is for tables that are not there yet.
+    stage.kill_and_restart();
+    let world = &stage.world;
+    assert_eq!((flows(world, "flows_limit"), flows(world, "young_flows_limit")), (FEW.into(), FEW.into()));
+    let log = fs::read_to_string(world.agent(0).unwrap().log()).unwrap();
+    assert!(log.contains("flag=\"--flow-table-size\" asked=65536 is=1024"), "{log}");
+    for talk in resting.iter_mut().chain([&mut late]) {
+        talk.echo(3000).unwrap_or_else(|error| panic!("{}: {error}", talk.local()));
+    }
 }
