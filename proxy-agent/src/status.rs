@@ -52,6 +52,8 @@ struct PacketView<'a> {
     devices: Vec<DeviceView>,
     /// How programs are put on devices.
     hooks: &'static str,
+    /// Connections whose clients had not gone on and that gave way to newer ones, since the agent started.
+    young_flows_given_way: u64,
     /// What could not be done, with the reason.
     failed: &'a BTreeMap<String, String>,
 }
@@ -108,6 +110,7 @@ impl Status {
             packet_path: packets.map(|packets| PacketView {
                 devices: packets.device_views(),
                 hooks: packets.hooks().name(),
+                young_flows_given_way: packets.given_way(),
                 failed: packets.failed(),
             }),
         }

@@ -136,10 +136,14 @@ fn text(document: &Value, links: &BTreeMap<&str, Option<u64>>) -> String {
     );
     if let Some(flows) = document.get("flows").filter(|flows| flows.is_object()) {
         let count = |name: &str| flows.get(name).map_or_else(|| "?".to_owned(), Value::to_string);
+        let given_way = match document.pointer("/packet_path/young_flows_given_way").and_then(Value::as_u64) {
+            Some(0) | None => String::new(),
+            Some(count) => format!(" ({count} gave way to newer ones)"),
+        };
         line(
             "flows",
             format!(
-                "{} of {}, {} of {} whose client has not gone on, {} of {} with a replaced source",
+                "{} of {}, {} of {} whose client has not gone on{given_way}, {} of {} with a replaced source",
                 count("flows"),
                 count("flows_limit"),
                 count("young_flows"),

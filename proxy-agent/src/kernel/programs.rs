@@ -255,6 +255,10 @@ pub fn counters(pins: &Pins) -> Result<Vec<(&'static str, u64)>, Error> {
     let map = Map::from_map_data(open_pinned(&pins.state(), NAME)?).map_err(error)?;
     let counters: aya::maps::PerCpuArray<_, u64> = map.try_into().map_err(error)?;
     let sum = |(index, outcome): (u32, &Outcome)| -> Result<_, Error> {
+        // Pinned by an older agent, which did not know it.
+        if index >= counters.len() {
+            return Ok((outcome.name(), 0));
+        }
         let values = counters.get(&index, 0).map_err(error)?;
         Ok((outcome.name(), values.iter().sum()))
     };

@@ -12,12 +12,13 @@ use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
 use proxy_common::abi::packet::{VIP_PLACES, vip_place};
-use proxy_common::abi::{Address, Flow, FlowKey, Port, Protocol, ServiceId, SnatKey};
+use proxy_common::abi::{Address, Flow, FlowKey, Outcome, Port, Protocol, ServiceId, SnatKey};
 use serde::Serialize;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::ageing::{Filters, InUse, Places};
-use crate::kernel::programs::FlowLimits;
+use super::turnover::{Turnover, Walk};
+use crate::kernel::programs::{FlowLimits, counters};
 use crate::kernel::table::Table;
 use crate::kernel::{self, Pins};
 use crate::takeover::hand_back;
@@ -133,6 +134,8 @@ pub struct Report {
     in_use: InUse,
     /// Whether there are connections that netfilter's NAT is to have at once.
     pub to_hand_over: bool,
+    /// How many young connections gave way to newer ones since the start.
+    pub given_way: u64,
 }
 
 impl Report {
@@ -175,6 +178,8 @@ pub struct Flows {
     /// just have been between its two writes.
     suspects: HashSet<SnatKey>,
     told_full: [bool; 3],
+    pins: Pins,
+    turnover: Turnover,
 }
 
 impl Flows {
@@ -183,13 +188,18 @@ impl Flows {
     /// # Errors
     /// If nothing is pinned.
     pub fn open(pins: &Pins) -> Result<Self, kernel::Error> {
+        let young: Table<FlowKey, Flow> = Table::open(&pins.state(), "YOUNG_FLOWS")?;
+        // Where their number is not to be had, one is as good a guess as any.
+        let turnover = Turnover::new(young.limit(), aya::util::nr_cpus().unwrap_or(1));
         Ok(Self {
-            young: Table::open(&pins.state(), "YOUNG_FLOWS")?,
+            young,
             flows: Table::open(&pins.state(), "FLOWS")?,
             young_snat: Table::open(&pins.state(), "YOUNG_SNAT")?,
             snat: Table::open(&pins.state(), "SNAT")?,
             suspects: HashSet::new(),
             told_full: [false; 3],
+            pins: pins.clone(),
+            turnover,
         })
     }
 
@@ -245,15 +255,19 @@ impl Flows {
         let mut live: BTreeMap<FlowKey, Flow> = BTreeMap::new();
         // The table turns over by itself, but only when there are new ones: what is left of old ones would be looked up for
         // bystanders for ever.
+        let mut walk = self.began()?;
         let young = self.young.entries()?;
-        tell_young_full(&mut self.told_full[2], young.len(), self.young.limit());
+        walk.left = young.len() as u64;
         for (key, flow) in young {
-            if is_dead(&key, &flow, now_ns) && self.remove_dead_young(&key, now_ns)? {
+            if is_dead(&key, &flow, now_ns) && self.remove_dead_young(&key, now_ns, &mut walk)? {
                 continue;
             }
             report.note(&key, &flow);
             live.insert(key, flow);
         }
+        let gave_way = self.turnover.walked(walk);
+        report.given_way = self.turnover.total();
+        tell_young_full(&mut self.told_full[2], gave_way, walk.left, self.young.limit());
         let flows = self.flows.entries()?;
         tell_full(&mut self.told_full[0], "FLOWS", flows.len(), self.flows.limit());
         for (key, flow) in flows {
@@ -297,6 +311,14 @@ impl Flows {
         Ok(report)
     }
 
+    /// What the programs have counted.
+    fn began(&self) -> io::Result<Walk> {
+        let counters = counters(&self.pins).map_err(io::Error::other)?;
+        let count = |of: Outcome| counters.iter().find(|(name, _)| *name == of.name()).map_or(0, |(_, n)| *n);
+        let (begun, grown) = (count(Outcome::PacketFlowBegun), count(Outcome::PacketFlowGrown));
+        Ok(Walk { begun, grown, ..Walk::default() })
+    }
+
     /// C2, C3: removes datagram flows to these VIPs that are another service port's than the owner's.
     ///
     /// # Errors
@@ -336,7 +358,7 @@ impl Flows {
     }
 
     /// The same for a young one. What has grown up since it was read stays, and all that leads to it.
-    fn remove_dead_young(&mut self, key: &FlowKey, now_ns: u64) -> io::Result<bool> {
+    fn remove_dead_young(&mut self, key: &FlowKey, now_ns: u64, walk: &mut Walk) -> io::Result<bool> {
         let Some(flow) = self.young.get(key)? else { return Ok(true) };
         if !is_dead(key, &flow, now_ns) {
             return Ok(false);
@@ -346,6 +368,8 @@ impl Flows {
         }
         self.young.remove(key)?;
         remove_ways_from(&mut self.young_snat, key, &flow)?;
+        walk.left -= 1;
+        walk.removed += 1;
         Ok(true)
     }
 
@@ -403,18 +427,19 @@ fn tell_full(told: &mut bool, table: &str, entries: usize, limit: u32) {
     }
 }
 
-/// Nothing is refused then, but what is thrown out has to begin again.
-fn tell_young_full(told: &mut bool, entries: usize, limit: u32) {
-    let limit = usize::try_from(limit).unwrap_or(usize::MAX);
-    if entries >= limit - limit / 100 && !*told {
+/// Nothing is refused then, but what is thrown out has to begin again: said once, until there is room for as many.
+fn tell_young_full(told: &mut bool, gave_way: u64, left: u64, limit: u32) {
+    // A few may be those that the walk missed.
+    if gave_way > u64::from(limit / 100) && !*told {
         *told = true;
         tracing::warn!(
             table = "YOUNG_FLOWS",
             limit,
+            gave_way,
             "connections come faster than their clients go on with them: a flood? The oldest give way to new ones; those \
              that have gone on stay"
         );
-    } else if entries < limit / 2 {
+    } else if left < u64::from(limit / 2) {
         *told = false;
     }
 }

@@ -14,6 +14,7 @@ mod counted;
 pub mod flows;
 pub mod roles;
 pub mod settings;
+mod turnover;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -95,6 +96,8 @@ pub struct PacketPath {
     takeover_due: bool,
     /// Looks after the connections of a kube-proxy.
     watch: Option<Watch>,
+    /// See [`Self::given_way`].
+    given_way: u64,
 }
 
 /// A device in `sheave status`.
@@ -159,6 +162,7 @@ impl PacketPath {
             fresh,
             takeover_due: true,
             watch: None,
+            given_way: 0,
         })
     }
 
@@ -201,6 +205,7 @@ impl PacketPath {
                 tracing::warn!(error = &error as &dyn std::error::Error, "hooks cannot be looked after")
             }
         }
+        self.given_way = report.given_way;
         if report.to_hand_over
             && let Some(watch) = &self.watch
         {
@@ -474,6 +479,11 @@ impl PacketPath {
     /// What could not be done, by what it is about.
     pub const fn failed(&self) -> &BTreeMap<String, String> {
         &self.failed
+    }
+
+    /// How many young connections gave way to newer ones since the agent started, as of the last walk.
+    pub const fn given_way(&self) -> u64 {
+        self.given_way
     }
 
     /// How programs are put on devices.

@@ -82,4 +82,8 @@ outcomes! {
     PacketNoRoute = "packet_no_route",
     /// A set kept changing under the reader until it gave up; the connection was left alone.
     Contended = "contended",
+    /// A flow that was put among the young ones.
+    PacketFlowBegun = "packet_flow_begun",
+    /// A flow that moved from there to where nothing is thrown out.
+    PacketFlowGrown = "packet_flow_grown",
 }

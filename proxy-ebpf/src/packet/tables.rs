@@ -241,7 +241,9 @@ impl PacketTables for Device {
         if FLOWS.insert(key, flow, 0).is_err() {
             return false;
         }
-        let _ = YOUNG_FLOWS.remove(key);
+        if YOUNG_FLOWS.remove(key).is_ok() {
+            count(Outcome::PacketFlowGrown);
+        }
         true
     }
 

@@ -171,8 +171,12 @@ const FEW: u32 = 1024;
 const SMALL: [&str; 6] =
     ["--flow-sweep-ms", "200", "--flow-table-size", "1024", "--young-flow-table-size", "1024"];
 
-/// Tables have the sizes that were asked for, and keep them. With no room for connections that go on, new ones are
-/// served none the less.
+fn given_way(world: &World) -> u64 {
+    world.agent(0).unwrap().status().unwrap()["packet_path"]["young_flows_given_way"].as_u64().unwrap()
+}
+
+/// Tables have the sizes that were asked for, and keep them. Whoever gives way to a flood is counted, and it is said once;
+/// whoever rests does not. With no room for connections that go on, new ones are served none the less.
 #[test]
 fn small_tables_are_full_and_serve() {
     let mut stage = Stage::with(Layout::default(), &SMALL);
@@ -180,10 +184,39 @@ fn small_tables_are_full_and_serve() {
     stage.apply("web", &served(&stage.world, "web", 1, &[(0, pod)]));
     let world = &stage.world;
     let vip = |family| std::net::SocketAddr::new(cluster_ips(1)[family], 80);
+    let std::net::IpAddr::V4(vip_v4) = vip(0).ip() else { panic!("{}", vip(0)) };
     assert_eq!((flows(world, "flows_limit"), flows(world, "young_flows_limit")), (FEW.into(), FEW.into()));
     assert_eq!(flows(world, "snat_limit"), u64::from(FEW));
 
     let mut resting = [0, 1].map(|family| Talk::open(world.far(), 0, vip(family)));
+    assert_eq!((given_way(world), said(world, "YOUNG_FLOWS")), (0, 0));
+    let gateway = hardware_address(world.transit(), "far").unwrap();
+    let mut flood = Flood::new(world.far(), gateway, vip_v4);
+    flood.send(10 * FEW);
+    eventually("those that gave way are counted", || {
+        let (gave_way, sent) = (given_way(world), u64::from(10 * FEW));
+        // What is there still, and what a walk may miss.
+        let left = flows(world, "young_flows");
+        ensure!(gave_way + u64::from(FEW) >= sent, "{gave_way} of {sent}, {left} are left");
+        assert!(gave_way <= sent, "{gave_way} of {sent}, {left} are left");
+        ensure!(said(world, "YOUNG_FLOWS") > 0, "nothing is said");
+        Ok(())
+    })
+    .unwrap();
+    flood.send(FEW);
+    eventually("these are counted too", || {
+        ensure!(given_way(world) >= u64::from(10 * FEW));
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(said(world, "YOUNG_FLOWS"), 1);
+    let status = world.agent(0).unwrap().ask(&["status"]).unwrap();
+    let status = String::from_utf8(status.stdout).unwrap();
+    assert!(status.contains(" gave way to newer ones)"), "{status}");
+    for talk in &mut resting {
+        talk.echo(3000).unwrap_or_else(|error| panic!("{}: {error}", talk.local()));
+    }
+
     // Others have all the room there is.
     let pins = Pins::new(world.node(0).unwrap().directory().join("bpffs"));
     let mut table: Table<FlowKey, Flow> = Table::open(&pins.state(), "FLOWS").unwrap();

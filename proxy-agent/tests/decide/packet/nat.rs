@@ -52,11 +52,24 @@ fn what_is_counted() {
         let (client, vip, backend) = (node.client(40_000), node.vip(1), node.backend(1));
         let request = build(tcp(SYN), client, vip);
         let source = node.source_at(&request);
-        assert_eq!(node.maps.counted(), [("packet_forwarded", 1), ("packet_source_replaced", 1)]);
+        let begun = [("packet_flow_begun", 1), ("packet_forwarded", 1), ("packet_source_replaced", 1)];
+        assert_eq!(node.maps.counted(), begun);
         node.passes(&request.frame());
         assert_eq!(node.maps.counted(), [("packet_followed", 1), ("packet_source_replaced", 1)]);
         node.passes(&build(tcp(SYN | ACK), backend, source).frame());
         assert_eq!(node.maps.counted(), [("packet_replied", 1), ("packet_source_restored", 1)]);
+        node.passes(&build(tcp(ACK), client, vip).frame());
+        let grown = [("packet_flow_grown", 1), ("packet_followed", 1), ("packet_source_replaced", 1)];
+        assert_eq!(node.maps.counted(), grown);
+        // The next one from this port has its place, where nothing is thrown out.
+        node.passes(&build(tcp(RST), client, vip).frame());
+        node.maps.counted();
+        let source = node.source_at(&request);
+        assert_eq!(node.maps.counted(), [("packet_forwarded", 1), ("packet_source_replaced", 1)]);
+        node.passes(&build(tcp(SYN | ACK), backend, source).frame());
+        assert_eq!(node.maps.counted(), [("packet_replied", 1), ("packet_source_restored", 1)]);
+        node.passes(&build(tcp(ACK), client, vip).frame());
+        assert_eq!(node.maps.counted(), [("packet_followed", 1), ("packet_source_replaced", 1)]);
     });
 }
 

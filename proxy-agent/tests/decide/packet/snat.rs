@@ -122,7 +122,8 @@ fn no_address_to_leave_with() {
             let mut frame = build(carries.clone(), node.client(1), node.vip(1)).frame();
             assert_eq!(node.comes_in(&mut frame), After::Next);
             assert_eq!(node.goes_out(&mut frame), After::Drop);
-            assert_eq!(node.maps.counted(), [("packet_forwarded", 1), ("packet_no_source_port", 1)]);
+            let counted = [("packet_flow_begun", 1), ("packet_forwarded", 1), ("packet_no_source_port", 1)];
+            assert_eq!(node.maps.counted(), counted);
         }
     });
 }

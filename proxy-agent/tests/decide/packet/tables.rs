@@ -236,7 +236,9 @@ impl PacketTables for Maps {
         if !self.grown.insert(key, flow) {
             return false;
         }
-        self.young.remove(key);
+        if self.young.remove(key) {
+            self.count(Outcome::PacketFlowGrown);
+        }
         true
     }
 

@@ -109,7 +109,9 @@ pub(super) fn store<T: PacketTables>(tables: &T, client: &FlowKey, flow: &Flow) 
     }
     if let Some(entry) = tables.flow(&key) {
         entry.replace(&flow);
-    } else if !tables.remember_flow(&key, &flow) {
+    } else if tables.remember_flow(&key, &flow) {
+        tables.count(Outcome::PacketFlowBegun);
+    } else {
         tables.count(Outcome::PacketNoRoom);
         return None;
     }

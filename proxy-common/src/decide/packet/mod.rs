@@ -113,8 +113,8 @@ pub trait PacketTables: Tables {
     fn flow(&self, key: &FlowKey) -> Option<Self::Entry>;
     /// A new flow, into `YOUNG_FLOWS`; `false` if there is no room.
     fn remember_flow(&self, key: &FlowKey, flow: &Flow) -> bool;
-    /// Moves a flow, as `change` makes it, into `FLOWS`, where nothing is thrown out. `false` if there is no room; then it
-    /// stays as it is. Else `entry` may be somebody else's at once.
+    /// Moves a flow, as `change` makes it, into `FLOWS`, where nothing is thrown out, and counts it unless it was there.
+    /// `false` if there is no room; then it stays as it is. Else `entry` may be somebody else's at once.
     fn grow_up(&self, key: &FlowKey, entry: &Self::Entry, change: impl Fn(&mut Flow)) -> bool;
     /// `SNAT_PORTS`: `false` is certain.
     fn may_be_snat(&self, port: Port) -> bool;
