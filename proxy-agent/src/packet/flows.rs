@@ -177,7 +177,9 @@ pub struct Flows {
     /// Replaced sources without a connection in the last walk. They go if the next one finds the same: a program may
     /// just have been between its two writes.
     suspects: HashSet<SnatKey>,
-    told_full: [bool; 3],
+    told_full: [bool; 4],
+    /// Packets that found no port, ever, as of the last walk.
+    without_port: Option<u64>,
     pins: Pins,
     turnover: Turnover,
 }
@@ -197,7 +199,8 @@ impl Flows {
             young_snat: Table::open(&pins.state(), "YOUNG_SNAT")?,
             snat: Table::open(&pins.state(), "SNAT")?,
             suspects: HashSet::new(),
-            told_full: [false; 3],
+            told_full: [false; 4],
+            without_port: None,
             pins: pins.clone(),
             turnover,
         })
@@ -312,10 +315,13 @@ impl Flows {
     }
 
     /// What the programs have counted.
-    fn began(&self) -> io::Result<Walk> {
+    fn began(&mut self) -> io::Result<Walk> {
         let counters = counters(&self.pins).map_err(io::Error::other)?;
         let count = |of: Outcome| counters.iter().find(|(name, _)| *name == of.name()).map_or(0, |(_, n)| *n);
         let (begun, grown) = (count(Outcome::PacketFlowBegun), count(Outcome::PacketFlowGrown));
+        let without_port = count(Outcome::PacketNoSourcePort);
+        let before = self.without_port.replace(without_port).unwrap_or(without_port);
+        tell_no_port(&mut self.told_full[3], without_port.saturating_sub(before));
         Ok(Walk { begun, grown, ..Walk::default() })
     }
 
@@ -425,6 +431,19 @@ fn tell_full(told: &mut bool, table: &str, entries: usize, limit: u32) {
     } else if entries < limit - limit / 10 {
         *told = false;
     }
+}
+
+/// Said once, until a walk finds none.
+fn tell_no_port(told: &mut bool, packets: u64) {
+    if packets > 0 && !*told {
+        tracing::error!(
+            packets,
+            counter = Outcome::PacketNoSourcePort.name(),
+            "packets found no source port: a backend has nearly as many clients as --snat-port-range has ports, or the \
+             device that they leave by has no address"
+        );
+    }
+    *told = packets > 0;
 }
 
 /// Nothing is refused then, but what is thrown out has to begin again: said once, until there is room for as many.

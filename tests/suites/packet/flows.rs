@@ -13,6 +13,7 @@ use sheave_tests::{
         Layout, World,
         tap::{Tap, hardware_address},
     },
+    protocol::Transport,
     scene::{TARGET, eventually},
 };
 
@@ -21,7 +22,7 @@ use crate::{
         Condition, Stage, bridge_pod, cluster_ips, endpoints, everything, frontends, p2p_pod, served,
         served_at,
     },
-    talk::{PATIENCE, SILENCE, Talk, ask, datagrams, hear_on, unconnected},
+    talk::{PATIENCE, SILENCE, Talk, ask, datagrams, hear_on, try_once, unconnected},
 };
 
 fn vips(number: u16) -> [SocketAddr; 2] {
@@ -297,4 +298,35 @@ fn get_flows_shows_a_connection() {
     for address in [talk.local(), vips(1)[0], pod.sockets(TARGET)[0]] {
         assert!(text.contains(&address.to_string()), "{address} is not in {text}");
     }
+}
+
+/// M7: where a backend has more clients than there are ports, who comes late is not served; that has a name in the counters
+/// and in the log. Ports of connections that are over are there again.
+#[test]
+fn m7_ports_that_run_out_are_named() {
+    let stage =
+        Stage::with(Layout::default(), &["--flow-sweep-ms", "200", "--snat-port-range", "10000-10001"]);
+    let world = &stage.world;
+    stage.apply("web", &served(world, "web", 1, &[(0, bridge_pod(world, 0, 0))]));
+    let to = frontends(world, 1, 0)[1];
+    let mut talks = [0, 1].map(|_| Talk::open(world.far(), 0, to));
+    talks.iter_mut().for_each(|talk| talk.echo(100).unwrap());
+    let agent = world.agent(0).unwrap();
+    let said = || std::fs::read_to_string(agent.log()).unwrap().contains("packet_no_source_port");
+    assert_eq!((agent.counter("packet_no_source_port").unwrap(), said()), (0, false));
+    let late = try_once(world, world.far(), Transport::Tcp, to, SILENCE);
+    assert!(late.as_ref().is_err_and(|failure| failure.is_timeout()), "{late:?}");
+    assert!(agent.counter("packet_no_source_port").unwrap() > 0);
+    eventually("the agent says so", || {
+        anyhow::ensure!(said());
+        Ok(())
+    })
+    .unwrap();
+    talks.iter_mut().for_each(|talk| talk.echo(100).unwrap());
+    drop(talks);
+    eventually("a port is there again", || {
+        let outcome = try_once(world, world.far(), Transport::Tcp, to, PATIENCE);
+        outcome.map_err(|failure| anyhow::anyhow!("{failure:?}"))
+    })
+    .unwrap();
 }
