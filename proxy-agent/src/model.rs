@@ -29,7 +29,7 @@ pub struct Model {
     services: Store<Service>,
     slices: Store<Slice>,
     /// Slices of each Service, also of Services that are not there yet or no more (E3).
-    slices_of: BTreeMap<ObjectKey, BTreeSet<ObjectKey>>,
+    slices_of: BTreeMap<ObjectKey, Vec<ObjectKey>>,
     nodes: NodeState,
     /// Resources of the API server that are not followed now, and why.
     not_followed: BTreeMap<String, String>,
@@ -99,7 +99,7 @@ impl Model {
             // E2: a slice whose label changed leaves its old Service and joins the new one.
             if let Some(owner) = old.as_ref().and_then(owner) {
                 if let Some(keys) = self.slices_of.get_mut(&owner) {
-                    keys.remove(&key);
+                    keys.retain(|other| *other != key);
                     if keys.is_empty() {
                         self.slices_of.remove(&owner);
                     }
@@ -107,7 +107,7 @@ impl Model {
                 self.mark(owner);
             }
             if let Some(owner) = self.slices.get(&key).and_then(owner) {
-                self.slices_of.entry(owner.clone()).or_default().insert(key);
+                self.slices_of.entry(owner.clone()).or_insert_with(|| Vec::with_capacity(1)).push(key);
                 self.mark(owner);
             }
         }
@@ -139,7 +139,7 @@ impl Model {
                 }
                 Ok(_) => {}
                 Err(unreadable) => {
-                    if unreadable.key.is_none_or(|key| key.name == self.context.node_name)
+                    if unreadable.key.is_none_or(|key| *key.name == *self.context.node_name)
                         && self.nodes.unreadable.len() < store::MAX_NAMELESS
                     {
                         self.nodes.unreadable.insert(unreadable.problem);

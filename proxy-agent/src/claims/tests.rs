@@ -22,7 +22,7 @@ fn contested() -> FrontendId {
 }
 
 fn winner(claims: &Claims) -> Option<String> {
-    claims.winner(&contested()).map(|key| key.service.name.clone())
+    claims.winner(&contested()).map(|key| key.service.name.to_string())
 }
 
 fn named(names: &[&str]) -> BTreeSet<ObjectKey> {
@@ -52,7 +52,7 @@ fn s12_endpoints_then_age_then_name() {
                 claims.update(&service.key, &resolved(service, *endpoints));
             }
             for (i, (service, _)) in order.iter().enumerate() {
-                assert_eq!(winner(&claims), Some(service.key.name.clone()));
+                assert_eq!(winner(&claims), Some(service.key.name.to_string()));
                 let next = order.get(i + 1).map(|(next, _)| next.key.clone());
                 assert_eq!(claims.update(&service.key, &[]), next.into_iter().collect());
             }

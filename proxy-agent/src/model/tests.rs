@@ -7,7 +7,7 @@ fn key(name: &str) -> ObjectKey {
 }
 
 fn dirty(model: &mut Model) -> Vec<String> {
-    model.take_dirty().into_iter().map(|key| key.name).collect()
+    model.take_dirty().into_iter().map(|key| key.name.to_string()).collect()
 }
 
 fn apply_service(model: &mut Model, service: Service) {
@@ -106,7 +106,7 @@ fn e2_a_changed_label_moves_the_slice() {
     assert_eq!(endpoints_of(&model, "a"), [""; 0]);
     assert_eq!(endpoints_of(&model, "b"), ["10.244.2.1", "10.244.2.2"]);
     // Away altogether.
-    apply_slice(&mut model, Slice { service: Some(String::new()), ..slice("a-1", "", Vec::new()) });
+    apply_slice(&mut model, Slice { service: Some("".into()), ..slice("a-1", "", Vec::new()) });
     assert_eq!(dirty(&mut model), ["b"]);
     assert_eq!(endpoints_of(&model, "b"), ["10.244.2.2"]);
 }

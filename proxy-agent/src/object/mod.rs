@@ -3,6 +3,7 @@
 //! A field that cannot be used is left out and reported as a [`Problem`]; it never costs more than what depends on it.
 
 pub mod address;
+mod name;
 mod node;
 mod problems;
 mod service;
@@ -11,10 +12,12 @@ mod slice;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use serde::Serialize;
 
+pub use name::Name;
 pub use node::{ZONE_LABEL, node};
 pub(crate) use problems::{port_number, protocol};
 pub use proxy_common::abi::Protocol;
@@ -25,14 +28,14 @@ pub use slice::{SERVICE_NAME_LABEL, slice};
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct ObjectKey {
     /// Namespace.
-    pub namespace: String,
+    pub namespace: Name,
     /// Name.
-    pub name: String,
+    pub name: Name,
 }
 
 impl ObjectKey {
     /// From both parts.
-    pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
+    pub fn new(namespace: impl Into<Name>, name: impl Into<Name>) -> Self {
         Self { namespace: namespace.into(), name: name.into() }
     }
 }
@@ -151,7 +154,7 @@ pub struct Service {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ServicePort {
     /// May be empty.
-    pub name: String,
+    pub name: Name,
     /// TCP if absent (S8).
     pub protocol: Protocol,
     /// `port`, 1–65535.
@@ -166,13 +169,13 @@ pub struct Slice {
     /// Key.
     pub key: ObjectKey,
     /// Name of the Service by the label (E2); `None` or empty: the slice is ignored.
-    pub service: Option<String>,
+    pub service: Option<Name>,
     /// `addressType`; `None` for FQDN and unknown ones (E1).
     pub family: Option<Family>,
     /// Ports with a name and a number (E4).
-    pub ports: Vec<SlicePort>,
+    pub ports: Arc<[SlicePort]>,
     /// Endpoints with a usable address (E6, E12).
-    pub endpoints: Vec<SliceEndpoint>,
+    pub endpoints: Arc<[SliceEndpoint]>,
     /// What could not be used.
     pub problems: Vec<Problem>,
 }
@@ -181,7 +184,7 @@ pub struct Slice {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct SlicePort {
     /// May be empty.
-    pub name: String,
+    pub name: Name,
     /// TCP if absent.
     pub protocol: Protocol,
     /// 1–65535.
@@ -194,19 +197,38 @@ pub struct SliceEndpoint {
     /// `addresses[0]`, canonical (E6).
     pub address: IpAddr,
     /// `nodeName`, if not empty.
-    pub node: Option<String>,
+    pub node: Option<Name>,
     /// `zone`; shown, never used (P7).
-    pub zone: Option<String>,
+    pub zone: Option<Name>,
     /// `conditions.ready`.
     pub ready: bool,
     /// `conditions.serving`.
     pub serving: bool,
     /// `conditions.terminating`.
     pub terminating: bool,
+    /// `hints`, if there are any.
+    pub hints: Option<Box<Hints>>,
+}
+
+/// Whom an endpoint is meant for.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct Hints {
+    /// `forNodes[].name`.
+    pub nodes: Vec<Name>,
+    /// `forZones[].name`.
+    pub zones: Vec<Name>,
+}
+
+impl SliceEndpoint {
     /// `hints.forNodes[].name`.
-    pub node_hints: Vec<String>,
+    pub fn node_hints(&self) -> &[Name] {
+        self.hints.as_ref().map_or(&[], |hints| &hints.nodes)
+    }
+
     /// `hints.forZones[].name`.
-    pub zone_hints: Vec<String>,
+    pub fn zone_hints(&self) -> &[Name] {
+        self.hints.as_ref().map_or(&[], |hints| &hints.zones)
+    }
 }
 
 /// A Node; the agent reads only its own.

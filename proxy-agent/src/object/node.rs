@@ -2,10 +2,10 @@
 
 use k8s_openapi::api::core::v1 as core;
 
-use super::Node;
 use super::address::{parse_cidr, parse_ip};
 use super::problems::Problems;
 use super::service::key;
+use super::{Name, Node};
 
 /// P7: the zone of a Node.
 pub const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
@@ -13,7 +13,7 @@ pub const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 /// Reads a Node. Whatever cannot be used is left out and is named in `problems`.
 pub fn node(object: &core::Node) -> Node {
     // A Node has no namespace; one in a file means nothing.
-    let key = super::ObjectKey { namespace: String::new(), ..key(&object.metadata) };
+    let key = super::ObjectKey { namespace: Name::default(), ..key(&object.metadata) };
     let mut problems = Problems::of("Node", &key);
     let zone = object
         .metadata
@@ -55,5 +55,5 @@ pub fn node(object: &core::Node) -> Node {
             add(format!("spec.podCIDRs[{i}]"), text);
         }
     }
-    Node { name: key.name, zone, addresses, pod_cidrs, problems: problems.finish() }
+    Node { name: key.name.to_string(), zone, addresses, pod_cidrs, problems: problems.finish() }
 }

@@ -18,8 +18,8 @@ const MAX_AFFINITY_S: u32 = 86_400;
 /// Namespace and name of an object.
 pub fn key(metadata: &ObjectMeta) -> ObjectKey {
     ObjectKey {
-        namespace: metadata.namespace.clone().unwrap_or_default(),
-        name: metadata.name.clone().unwrap_or_default(),
+        namespace: metadata.namespace.as_deref().unwrap_or_default().into(),
+        name: metadata.name.as_deref().unwrap_or_default().into(),
     }
 }
 
@@ -197,8 +197,12 @@ fn ports(ports: &[core::ServicePort], problems: &mut Problems) -> Vec<ServicePor
                 number
             }
         };
-        let port =
-            ServicePort { name: port.name.clone().unwrap_or_default(), protocol, port: number, node_port };
+        let port = ServicePort {
+            name: port.name.as_deref().unwrap_or_default().into(),
+            protocol,
+            port: number,
+            node_port,
+        };
         // S7: name and protocol are the identity. The API forbids two; kube-proxy's map would keep the later one.
         if let Some(earlier) = out.iter_mut().find(|p| p.name == port.name && p.protocol == port.protocol) {
             problems.add(

@@ -5,7 +5,7 @@ use k8s_openapi::api::discovery::v1 as discovery;
 use super::address::{parse_ip, unusable_as_endpoint};
 use super::problems::{Problems, port_number, protocol};
 use super::service::key;
-use super::{Family, Slice, SliceEndpoint, SlicePort};
+use super::{Family, Hints, Name, Slice, SliceEndpoint, SlicePort};
 
 /// E2: names the Service of a slice.
 pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
@@ -20,7 +20,7 @@ pub fn slice(object: &discovery::EndpointSlice) -> Slice {
         .as_ref()
         .and_then(|labels| labels.get(SERVICE_NAME_LABEL))
         .filter(|name| !name.is_empty())
-        .cloned();
+        .map(Name::from);
     let family = match object.address_type.as_str() {
         "IPv4" => Some(Family::V4),
         "IPv6" => Some(Family::V6),
@@ -43,6 +43,7 @@ pub fn slice(object: &discovery::EndpointSlice) -> Slice {
             .filter_map(|(i, endpoint)| self::endpoint(i, endpoint, family, &mut problems))
             .collect()
     });
+    let (ports, endpoints) = (ports.into(), endpoints.into());
     Slice { key, service, family, ports, endpoints, problems: problems.finish() }
 }
 
@@ -68,7 +69,7 @@ fn ports(ports: &[discovery::EndpointPort], problems: &mut Problems) -> Vec<Slic
             );
             continue;
         };
-        let port = SlicePort { name: name.clone(), protocol, port };
+        let port = SlicePort { name: name.into(), protocol, port };
         if !out.contains(&port) {
             out.push(port);
         }
@@ -112,16 +113,19 @@ fn endpoint(
         return None;
     }
     let conditions = endpoint.conditions.as_ref();
-    let hints = endpoint.hints.as_ref();
+    let name = |name: &String| (!name.is_empty()).then(|| Name::from(name));
+    let hints = endpoint.hints.as_ref().map(|hints| Hints {
+        nodes: hints.for_nodes.iter().flatten().map(|hint| Name::from(&hint.name)).collect(),
+        zones: hints.for_zones.iter().flatten().map(|hint| Name::from(&hint.name)).collect(),
+    });
     Some(SliceEndpoint {
         address,
-        node: endpoint.node_name.clone().filter(|name| !name.is_empty()),
-        zone: endpoint.zone.clone().filter(|name| !name.is_empty()),
+        node: endpoint.node_name.as_ref().and_then(name),
+        zone: endpoint.zone.as_ref().and_then(name),
         // E7: serving does not follow ready.
         ready: conditions.and_then(|c| c.ready).unwrap_or(true),
         serving: conditions.and_then(|c| c.serving).unwrap_or(true),
         terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
-        node_hints: hints.iter().flat_map(|h| &h.for_nodes).flatten().map(|h| h.name.clone()).collect(),
-        zone_hints: hints.iter().flat_map(|h| &h.for_zones).flatten().map(|h| h.name.clone()).collect(),
+        hints: hints.filter(|hints| *hints != Hints::default()).map(Box::new),
     })
 }

@@ -11,12 +11,13 @@ pub(super) struct Counted<K> {
     counts: BTreeMap<K, u32>,
 }
 
+/// All of them are counted. Lists: of most Services that is one key, and there are many Services.
 #[derive(Debug)]
 struct Keys<K> {
-    /// Those that are counted.
-    held: BTreeSet<K>,
-    /// Those that will stay.
-    wanted: BTreeSet<K>,
+    /// Those that will stay, sorted.
+    wanted: Box<[K]>,
+    /// Those that will go.
+    leaving: Vec<K>,
 }
 
 impl<K> Default for Counted<K> {
@@ -35,16 +36,17 @@ impl<K: Ord + Copy> Counted<K> {
         let keys = self
             .by_service
             .entry(service.clone())
-            .or_insert_with(|| Keys { held: BTreeSet::new(), wanted: BTreeSet::new() });
-        for key in wanted.difference(&keys.held) {
+            .or_insert_with(|| Keys { wanted: Box::default(), leaving: Vec::new() });
+        let held: BTreeSet<K> = keys.wanted.iter().chain(&keys.leaving).copied().collect();
+        for key in wanted.difference(&held) {
             let count = self.counts.entry(*key).or_default();
             *count += 1;
             if *count == 1 {
                 new.push(*key);
             }
         }
-        keys.held.extend(&wanted);
-        keys.wanted = wanted;
+        keys.leaving = held.difference(&wanted).copied().collect();
+        keys.wanted = wanted.into_iter().collect();
         new
     }
 
@@ -52,17 +54,16 @@ impl<K: Ord + Copy> Counted<K> {
     pub(super) fn give_back(&mut self, service: &ObjectKey) -> Vec<K> {
         let Some(keys) = self.by_service.get_mut(service) else { return Vec::new() };
         let mut free = Vec::new();
-        for key in keys.held.difference(&keys.wanted) {
-            if let Some(count) = self.counts.get_mut(key) {
+        for key in std::mem::take(&mut keys.leaving) {
+            if let Some(count) = self.counts.get_mut(&key) {
                 *count -= 1;
                 if *count == 0 {
-                    self.counts.remove(key);
-                    free.push(*key);
+                    self.counts.remove(&key);
+                    free.push(key);
                 }
             }
         }
-        keys.held.clone_from(&keys.wanted);
-        if keys.held.is_empty() {
+        if keys.wanted.is_empty() {
             self.by_service.remove(service);
         }
         free

@@ -41,7 +41,7 @@ impl Reconciler {
         }
         for (key, value) in &frontends {
             if let Some(state) = adopted.get_mut(&value.service()) {
-                state.frontends.insert(*key);
+                state.frontends.push(*key);
             }
         }
         // Left by an agent that went while they rested: flows must not believe in them.

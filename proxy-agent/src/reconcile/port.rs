@@ -30,8 +30,8 @@ pub(super) struct PortState {
     pub(super) withdrawn: [bool; 3],
     /// Backends that only words as they are written may still lead to.
     pub(super) held: BTreeMap<BackendId, (SocketAddr, BackendState)>,
-    /// Frontends that point here, or will.
-    pub(super) frontends: BTreeSet<FrontendKey>,
+    /// Frontends that point here, or will; each once.
+    pub(super) frontends: Vec<FrontendKey>,
 }
 
 /// A run of slots.
@@ -62,7 +62,7 @@ impl PortState {
             drained: BTreeMap::new(),
             withdrawn: [false; 3],
             held: BTreeMap::new(),
-            frontends: BTreeSet::new(),
+            frontends: Vec::new(),
         }
     }
 

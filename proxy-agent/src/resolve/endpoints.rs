@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use super::EndpointView;
-use crate::object::{Family, Problem, Protocol, ServicePort, Slice, SliceEndpoint};
+use crate::object::{Family, Name, Problem, Protocol, ServicePort, Slice, SliceEndpoint};
 
 /// The own node, as endpoints and hints name it.
 pub(super) struct ThisNode<'a> {
@@ -22,11 +22,11 @@ impl ThisNode<'_> {
     }
 
     fn hinted(&self, endpoint: &SliceEndpoint) -> bool {
-        !self.name.is_empty() && endpoint.node_hints.iter().any(|hint| hint == self.name)
+        !self.name.is_empty() && endpoint.node_hints().iter().any(|hint| *hint == self.name)
     }
 
     fn zone_hinted(&self, endpoint: &SliceEndpoint) -> bool {
-        self.zone.is_some_and(|zone| endpoint.zone_hints.iter().any(|hint| hint == zone))
+        self.zone.is_some_and(|zone| endpoint.zone_hints().iter().any(|hint| *hint == zone))
     }
 }
 
@@ -76,8 +76,7 @@ impl Candidate<'_> {
             .then_with(|| self.slice.cmp(other.slice))
             .then_with(|| a.node.cmp(&b.node))
             .then_with(|| a.zone.cmp(&b.zone))
-            .then_with(|| a.node_hints.cmp(&b.node_hints))
-            .then_with(|| a.zone_hints.cmp(&b.zone_hints))
+            .then_with(|| a.hints.cmp(&b.hints))
     }
 }
 
@@ -111,7 +110,7 @@ impl<'a> Endpoints<'a> {
                     ),
                 });
             }
-            for port in &slice.ports {
+            for port in slice.ports.iter() {
                 ports.entry((&port.name, port.protocol)).or_default().extend(
                     slice.endpoints.iter().filter(of_family).map(|endpoint| Candidate {
                         at: SocketAddr::new(endpoint.address, port.port),
@@ -180,8 +179,11 @@ impl<'a> Endpoints<'a> {
                 terminating: endpoint.terminating,
                 in_cluster_set,
                 in_local_set,
-                reason: found.reason(candidate, local, in_cluster_set, in_local_set),
+                reason: found.reason(candidate, local, in_cluster_set, in_local_set).into(),
             });
+        }
+        for set in [&mut sets.cluster, &mut sets.local].into_iter().flatten() {
+            set.shrink_to_fit();
         }
         sets
     }
@@ -206,11 +208,11 @@ impl Topology {
         if ready().next().is_none() {
             return Self::All { unused_hints: "" };
         }
-        let all_name_nodes = ready().all(|endpoint| !endpoint.node_hints.is_empty());
+        let all_name_nodes = ready().all(|endpoint| !endpoint.node_hints().is_empty());
         if all_name_nodes && ready().any(|endpoint| node.hinted(endpoint)) {
             return Self::SameNode;
         }
-        let all_name_zones = ready().all(|endpoint| !endpoint.zone_hints.is_empty());
+        let all_name_zones = ready().all(|endpoint| !endpoint.zone_hints().is_empty());
         if all_name_zones && ready().any(|endpoint| node.zone_hinted(endpoint)) {
             return Self::SameZone;
         }
@@ -296,7 +298,7 @@ impl Found<'_> {
                 }
                 Topology::All { unused_hints } => {
                     if !unused_hints.is_empty()
-                        && (!endpoint.node_hints.is_empty() || !endpoint.zone_hints.is_empty())
+                        && (!endpoint.node_hints().is_empty() || !endpoint.zone_hints().is_empty())
                     {
                         reason.push_str("; ");
                         reason.push_str(unused_hints);
@@ -309,12 +311,12 @@ impl Found<'_> {
             reason.push_str("not in the cluster set: hinted for ");
             match self.topology {
                 Topology::SameNode => {
-                    name_all(reason, "node ", &endpoint.node_hints);
+                    name_all(reason, "node ", endpoint.node_hints());
                     reason.push_str(", this node is ");
                     reason.push_str(self.node.name);
                 }
                 Topology::SameZone | Topology::All { .. } => {
-                    name_all(reason, "zone ", &endpoint.zone_hints);
+                    name_all(reason, "zone ", endpoint.zone_hints());
                     reason.push_str(", this node is in zone ");
                     reason.push_str(self.node.zone.unwrap_or_default());
                 }
@@ -354,7 +356,7 @@ const fn unusable(endpoint: &SliceEndpoint) -> &'static str {
     }
 }
 
-fn name_all(reason: &mut String, kind: &str, names: &[String]) {
+fn name_all(reason: &mut String, kind: &str, names: &[Name]) {
     for (index, name) in names.iter().enumerate() {
         if index > 0 {
             reason.push_str(" and ");

@@ -21,7 +21,9 @@ use serde::Serialize;
 
 use self::endpoints::{Endpoints, Needs, ThisNode};
 pub use self::frontends::frontend_value;
-use crate::object::{Family, Node, ObjectKey, PerFamily, Problem, Protocol, Service, ServicePort, Slice};
+use crate::object::{
+    Family, Name, Node, ObjectKey, PerFamily, Problem, Protocol, Service, ServicePort, Slice,
+};
 
 /// Resolves one Service: one entry per service port and family, sorted by key, and what could not be used.
 ///
@@ -90,6 +92,8 @@ pub fn resolve<'a>(
         }
     }
     resolved.sort_by(|a, b| a.key.cmp(&b.key));
+    // It is kept, and most Services have one port: not the room for four that a list begins with.
+    resolved.shrink_to_fit();
     problems.sort();
     problems.dedup();
     (resolved, problems)
@@ -130,7 +134,7 @@ pub struct ServicePortKey {
     /// The Service.
     pub service: ObjectKey,
     /// The port's name, may be empty.
-    pub port_name: String,
+    pub port_name: Name,
     /// The port's protocol.
     pub protocol: Protocol,
     /// The family.
@@ -279,9 +283,9 @@ pub struct EndpointView {
     /// Port.
     pub port: u16,
     /// `nodeName`.
-    pub node: Option<String>,
+    pub node: Option<Name>,
     /// `zone`.
-    pub zone: Option<String>,
+    pub zone: Option<Name>,
     /// E8.
     pub local: bool,
     /// E7.
@@ -295,7 +299,7 @@ pub struct EndpointView {
     /// In the local set.
     pub in_local_set: bool,
     /// Why, in words, with the rule's number.
-    pub reason: String,
+    pub reason: Name,
 }
 
 /// What holds for the whole node and is derived from the context: computed once, not per Service.
@@ -318,7 +322,7 @@ impl ServicePortKey {
     pub fn first_of(service: &ObjectKey) -> Self {
         Self {
             service: service.clone(),
-            port_name: String::new(),
+            port_name: Name::default(),
             protocol: Protocol::Tcp,
             family: Family::V4,
         }

@@ -11,7 +11,7 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use crate::object::address::{parse_ip, unusable_as_endpoint};
 use crate::object::{
-    self, Delta, Family, Labels, ObjectKey, Protocol, Service, Slice, SliceEndpoint, SlicePort,
+    self, Delta, Family, Labels, Name, ObjectKey, Protocol, Service, Slice, SliceEndpoint, SlicePort,
 };
 
 /// What a Service says about which Pods are behind it.
@@ -25,7 +25,7 @@ pub struct Selection {
 
 #[derive(Clone, PartialEq, Eq, Debug)]
 struct TargetPort {
-    name: String,
+    name: Name,
     protocol: Protocol,
     target: Target,
 }
@@ -44,7 +44,7 @@ pub struct Pod {
     pub key: ObjectKey,
     labels: Labels,
     addresses: Vec<IpAddr>,
-    node: Option<String>,
+    node: Option<Name>,
     /// Succeeded or Failed: no endpoint any more.
     finished: bool,
     ready: bool,
@@ -86,7 +86,7 @@ fn target_port(port: &core::ServicePort) -> Option<TargetPort> {
             Target::Number(object::port_number(port.port)?)
         }
     };
-    Some(TargetPort { name: port.name.clone().unwrap_or_default(), protocol, target })
+    Some(TargetPort { name: port.name.as_deref().unwrap_or_default().into(), protocol, target })
 }
 
 /// Reads a Pod.
@@ -134,7 +134,7 @@ pub fn pod(object: &core::Pod) -> Pod {
         key: object::key(&object.metadata),
         labels: object.metadata.labels.clone().unwrap_or_default(),
         addresses,
-        node: spec.and_then(|s| s.node_name.clone()).filter(|name| !name.is_empty()),
+        node: spec.and_then(|s| s.node_name.as_deref()).filter(|name| !name.is_empty()).map(Name::from),
         finished: matches!(phase, Some("Succeeded" | "Failed")),
         ready,
         terminating: object.metadata.deletion_timestamp.is_some(),
@@ -167,7 +167,7 @@ impl Selection {
 }
 
 /// The ports of one slice: Pods with other numbers for a named port are in another one (E5).
-type PortMapping = Vec<(String, Protocol, u16)>;
+type PortMapping = Vec<(Name, Protocol, u16)>;
 
 type Slices = BTreeMap<ObjectKey, Slice>;
 
@@ -176,7 +176,7 @@ type Slices = BTreeMap<ObjectKey, Slice>;
 pub struct Derive {
     services: BTreeMap<ObjectKey, Selection>,
     pods: BTreeMap<ObjectKey, Pod>,
-    zones: BTreeMap<String, String>,
+    zones: BTreeMap<Name, Name>,
     slices: BTreeMap<ObjectKey, Slices>,
     dirty: BTreeSet<ObjectKey>,
 }
@@ -216,9 +216,10 @@ impl Derive {
     }
 
     /// The zone of a Node is known, changed, or (`None`) not known any more.
-    pub fn set_zone(&mut self, node: &str, zone: Option<String>) {
+    pub fn set_zone(&mut self, node: &str, zone: Option<&str>) {
+        let zone = zone.map(Name::from);
         let old = match zone.clone() {
-            Some(zone) => self.zones.insert(node.to_owned(), zone),
+            Some(zone) => self.zones.insert(node.into(), zone),
             None => self.zones.remove(node),
         };
         if old != zone {
@@ -282,8 +283,7 @@ impl Derive {
                     ready: selection.publish_not_ready || (pod.ready && !pod.terminating),
                     serving: pod.ready,
                     terminating: pod.terminating,
-                    node_hints: Vec::new(),
-                    zone_hints: Vec::new(),
+                    hints: None,
                 });
             }
         }
@@ -307,7 +307,7 @@ impl Derive {
                     service: Some(service.name.clone()),
                     family: Some(family),
                     ports,
-                    endpoints,
+                    endpoints: endpoints.into(),
                     problems: Vec::new(),
                 };
                 (key, slice)
@@ -396,7 +396,7 @@ mod tests {
         for pod in pods {
             derive.set_pod(&pod.key.clone(), Some(pod));
         }
-        derive.set_zone("n1", Some("z".into()));
+        derive.set_zone("n1", Some("z"));
         derive.flush();
         let all: Vec<_> = derive.slices().collect();
         assert_eq!(show_slice(all[0]), format!("{PLAIN}10.1.0.1 rs-, 10.1.0.2 rs-"));

@@ -97,9 +97,9 @@ fn planned(resolved: &Resolved, claims: &Claims) -> PlannedPort {
     let mut endpoints = resolved.endpoints.clone();
     endpoints.sort_by_cached_key(|endpoint| (endpoint.address.to_string(), endpoint.port));
     PlannedPort {
-        namespace: resolved.key.service.namespace.clone(),
-        name: resolved.key.service.name.clone(),
-        port_name: resolved.key.port_name.clone(),
+        namespace: resolved.key.service.namespace.to_string(),
+        name: resolved.key.service.name.to_string(),
+        port_name: resolved.key.port_name.to_string(),
         protocol: resolved.key.protocol.name(),
         family: resolved.key.family.name(),
         frontends,
@@ -164,9 +164,9 @@ impl fmt::Display for PlannedPort {
         let rows = self.endpoints.iter().map(|endpoint| {
             vec![
                 SocketAddr::new(endpoint.address, endpoint.port).to_string(),
-                endpoint.node.clone().unwrap_or_else(|| "-".to_owned()),
-                endpoint.zone.clone().unwrap_or_else(|| "-".to_owned()),
-                endpoint.reason.clone(),
+                endpoint.node.as_deref().unwrap_or("-").to_owned(),
+                endpoint.zone.as_deref().unwrap_or("-").to_owned(),
+                endpoint.reason.to_string(),
             ]
         });
         f.write_str(&table(2, &["ENDPOINT", "NODE", "ZONE", "WHY"], &rows.collect::<Vec<_>>()))

@@ -52,7 +52,7 @@ const VIPS: u8 = 7;
 pub(super) fn port_key(service: &str, port: &str) -> ServicePortKey {
     ServicePortKey {
         service: ObjectKey::new("ns", service),
-        port_name: port.to_owned(),
+        port_name: port.into(),
         protocol: Protocol::Tcp,
         family: Family::V4,
     }

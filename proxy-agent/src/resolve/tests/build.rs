@@ -14,7 +14,7 @@ use ipnet::IpNet;
 
 use crate::model::{Model, OwnAddresses};
 use crate::object::{
-    Change, Delta, Family, Node, ObjectKey, PerFamily, Problem, Protocol, Service, ServicePort, Slice,
+    Change, Delta, Family, Hints, Node, ObjectKey, PerFamily, Problem, Protocol, Service, ServicePort, Slice,
     SliceEndpoint, SlicePort,
 };
 use crate::resolve::{Context, NodeFacts, Policy, Resolved, resolve};
@@ -55,7 +55,7 @@ pub(crate) fn service(name: &str) -> Service {
 }
 
 pub(crate) fn port(name: &str, port: u16) -> ServicePort {
-    ServicePort { name: name.to_owned(), protocol: Protocol::Tcp, port, node_port: None }
+    ServicePort { name: name.into(), protocol: Protocol::Tcp, port, node_port: None }
 }
 
 pub(crate) fn node_port(name: &str, number: u16, node_port: u16) -> ServicePort {
@@ -66,16 +66,16 @@ pub(crate) fn node_port(name: &str, number: u16, node_port: u16) -> ServicePort 
 pub(crate) fn slice(name: &str, service: &str, endpoints: Vec<SliceEndpoint>) -> Slice {
     Slice {
         key: ObjectKey::new("ns", name),
-        service: Some(service.to_owned()),
+        service: Some(service.into()),
         family: Some(Family::V4),
-        ports: vec![slice_port("", 9376)],
-        endpoints,
+        ports: [slice_port("", 9376)].into(),
+        endpoints: endpoints.into(),
         problems: Vec::new(),
     }
 }
 
 pub(crate) fn slice_port(name: &str, port: u16) -> SlicePort {
-    SlicePort { name: name.to_owned(), protocol: Protocol::Tcp, port }
+    SlicePort { name: name.into(), protocol: Protocol::Tcp, port }
 }
 
 /// Ready, on no known node.
@@ -87,21 +87,26 @@ pub(crate) fn endpoint(address: &str) -> SliceEndpoint {
         ready: true,
         serving: true,
         terminating: false,
-        node_hints: Vec::new(),
-        zone_hints: Vec::new(),
+        hints: None,
     }
 }
 
 pub(crate) fn on(node: &str, endpoint: SliceEndpoint) -> SliceEndpoint {
-    SliceEndpoint { node: Some(node.to_owned()), ..endpoint }
+    SliceEndpoint { node: Some(node.into()), ..endpoint }
 }
 
 pub(crate) fn hinted_zones(zones: &[&str], endpoint: SliceEndpoint) -> SliceEndpoint {
-    SliceEndpoint { zone_hints: zones.iter().map(|&zone| zone.to_owned()).collect(), ..endpoint }
+    let hints = Hints { zones: zones.iter().map(|&zone| zone.into()).collect(), ..old_hints(&endpoint) };
+    SliceEndpoint { hints: Some(Box::new(hints)), ..endpoint }
 }
 
 pub(crate) fn hinted_nodes(nodes: &[&str], endpoint: SliceEndpoint) -> SliceEndpoint {
-    SliceEndpoint { node_hints: nodes.iter().map(|&node| node.to_owned()).collect(), ..endpoint }
+    let hints = Hints { nodes: nodes.iter().map(|&node| node.into()).collect(), ..old_hints(&endpoint) };
+    SliceEndpoint { hints: Some(Box::new(hints)), ..endpoint }
+}
+
+fn old_hints(endpoint: &SliceEndpoint) -> Hints {
+    endpoint.hints.as_deref().cloned().unwrap_or_default()
 }
 
 /// Terminating, `serving` as given.

@@ -41,7 +41,7 @@ fn e1_other_address_types_are_ignored() {
 fn e2_a_slice_belongs_to_its_label_in_its_namespace() {
     let other_namespace = {
         let mut slice = slice("s", "svc", vec![endpoint("10.244.2.1")]);
-        slice.key.namespace = "other".to_owned();
+        slice.key.namespace = "other".into();
         slice
     };
     let other_service = slice("t", "other", vec![endpoint("10.244.2.2")]);
@@ -53,15 +53,12 @@ fn e2_a_slice_belongs_to_its_label_in_its_namespace() {
 #[test]
 fn e4_name_and_protocol_must_match() {
     let service = Service {
-        ports: vec![
-            port("", 80),
-            port("dns", 53),
-            ServicePort { protocol: Protocol::Udp, ..port("dns", 53) },
-        ],
+        ports: [port("", 80), port("dns", 53), ServicePort { protocol: Protocol::Udp, ..port("dns", 53) }]
+            .into(),
         ..service("svc")
     };
     let with = |name: &str, protocol, number, address: &str| Slice {
-        ports: vec![SlicePort { protocol, ..slice_port(name, number) }],
+        ports: [SlicePort { protocol, ..slice_port(name, number) }].into(),
         ..slice(address, "svc", vec![endpoint(address)])
     };
     let slices = [
@@ -70,7 +67,7 @@ fn e4_name_and_protocol_must_match() {
         with("dns", Protocol::Udp, 3, "10.244.2.3"),
         with("dns", Protocol::Udp, 3, "10.244.2.4"),
         with("DNS", Protocol::Udp, 4, "10.244.2.5"),
-        Slice { ports: Vec::new(), ..slice("none", "svc", vec![endpoint("10.244.2.6")]) },
+        Slice { ports: [].into(), ..slice("none", "svc", vec![endpoint("10.244.2.6")]) },
     ];
     let resolved = all_of(&service, &slices);
     assert_eq!(cluster(&resolved[0]), ["10.244.2.1:1"]);
@@ -81,7 +78,8 @@ fn e4_name_and_protocol_must_match() {
 #[test]
 fn e5_every_endpoint_keeps_its_port_number() {
     let one = slice("a", "svc", vec![endpoint("10.244.2.1")]);
-    let two = Slice { ports: vec![slice_port("", 8080)], ..slice("b", "svc", vec![endpoint("10.244.2.2")]) };
+    let two =
+        Slice { ports: [slice_port("", 8080)].into(), ..slice("b", "svc", vec![endpoint("10.244.2.2")]) };
     let resolved = resolve_one(&service("svc"), &[two, one]);
     assert_eq!(cluster(&resolved), ["10.244.2.1:9376", "10.244.2.2:8080"]);
 }
@@ -145,7 +143,7 @@ fn e9_duplicates() {
             let (a, b) = if swapped { (&other, &one) } else { (&one, &other) };
             let expected = match stays {
                 "a" => a.node.clone(),
-                name => Some(name.to_owned()),
+                name => Some(name.into()),
             };
             let apart = [slice("a", "svc", vec![a.clone()]), slice("b", "svc", vec![b.clone()])];
             let views = resolve_one(&service("svc"), &apart).endpoints;
@@ -163,7 +161,7 @@ fn e9_duplicates() {
 fn e9_same_address_other_port_is_no_duplicate() {
     let slices = [
         slice("a", "svc", vec![endpoint("10.244.2.1")]),
-        Slice { ports: vec![slice_port("", 1)], ..slice("b", "svc", vec![endpoint("10.244.2.1")]) },
+        Slice { ports: [slice_port("", 1)].into(), ..slice("b", "svc", vec![endpoint("10.244.2.1")]) },
     ];
     assert_eq!(cluster(&resolve_one(&service("svc"), &slices)), ["10.244.2.1:1", "10.244.2.1:9376"]);
 }
@@ -218,7 +216,7 @@ fn p2_which_sets_are_used() {
         let plain = Service { internal_local, external_local, ..service("svc") };
         let variants = if external {
             vec![
-                Service { ports: vec![node_port("", 80, 30080)], ..plain.clone() },
+                Service { ports: [node_port("", 80, 30080)].into(), ..plain.clone() },
                 Service { load_balancer_ips: ips(&["203.0.113.1"]), ..plain.clone() },
                 Service { external_ips: ips(&["203.0.113.1"]), ..plain },
             ]
@@ -397,14 +395,14 @@ fn p7_only_hints_and_the_own_zone_label_count() {
 
 #[test]
 fn p8_hints_are_judged_per_service_port() {
-    let service = Service { ports: vec![port("one", 1), port("two", 2)], ..service("svc") };
+    let service = Service { ports: [port("one", 1), port("two", 2)].into(), ..service("svc") };
     let slices = [
         Slice {
-            ports: vec![slice_port("one", 1)],
+            ports: [slice_port("one", 1)].into(),
             ..slice("a", "svc", vec![hinted_zones(&["a"], endpoint("10.244.2.1"))])
         },
         Slice {
-            ports: vec![slice_port("one", 1), slice_port("two", 2)],
+            ports: [slice_port("one", 1), slice_port("two", 2)].into(),
             ..slice("b", "svc", vec![hinted_zones(&["b"], endpoint("10.244.2.2"))])
         },
     ];
@@ -450,14 +448,14 @@ fn c2_draining_is_what_serves_in_neither_set() {
 
 #[test]
 fn h3_distinct_ready_local_addresses_over_all_ports() {
-    let service = Service { ports: vec![port("one", 1), port("two", 2)], ..service("svc") };
+    let service = Service { ports: [port("one", 1), port("two", 2)].into(), ..service("svc") };
     let slices = [
         Slice {
-            ports: vec![slice_port("one", 1), slice_port("two", 2)],
+            ports: [slice_port("one", 1), slice_port("two", 2)].into(),
             ..slice("a", "svc", vec![on("n1", endpoint("10.244.1.1")), on("n2", endpoint("10.244.2.1"))])
         },
         Slice {
-            ports: vec![slice_port("two", 22)],
+            ports: [slice_port("two", 22)].into(),
             ..slice(
                 "b",
                 "svc",

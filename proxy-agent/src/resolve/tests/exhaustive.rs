@@ -48,17 +48,17 @@ fn oracle(endpoints: &[SliceEndpoint], policies: &Policies) -> Answer {
         (0..endpoints.len()).filter(|&i| wanted(&endpoints[i])).collect()
     };
     let serving_terminating = |e: &SliceEndpoint| e.serving && e.terminating;
-    let local = |e: &SliceEndpoint| e.node == Some("n1".to_owned());
+    let local = |e: &SliceEndpoint| e.node.as_deref() == Some("n1");
     // P2.
     let cluster_needed = !policies.internal_local || policies.external;
     let local_needed = policies.internal_local || (policies.external_local && policies.external);
     // P6, from ready endpoints only.
     let ready: Vec<&SliceEndpoint> = endpoints.iter().filter(|e| e.ready).collect();
-    let names_node = |e: &SliceEndpoint| e.node_hints.contains(&"n1".to_owned());
+    let names_node = |e: &SliceEndpoint| e.node_hints().contains(&"n1".into());
     let names_zone =
-        |e: &SliceEndpoint| policies.zone.is_some_and(|zone| e.zone_hints.contains(&zone.to_owned()));
-    let all_have_node_hints = ready.iter().all(|e| !e.node_hints.is_empty());
-    let all_have_zone_hints = ready.iter().all(|e| !e.zone_hints.is_empty());
+        |e: &SliceEndpoint| policies.zone.is_some_and(|zone| e.zone_hints().contains(&zone.into()));
+    let all_have_node_hints = ready.iter().all(|e| !e.node_hints().is_empty());
+    let all_have_zone_hints = ready.iter().all(|e| !e.zone_hints().is_empty());
     let same_node = all_have_node_hints && ready.iter().any(|e| names_node(e));
     let same_zone = !same_node && all_have_zone_hints && ready.iter().any(|e| names_zone(e));
     // P3.

@@ -402,7 +402,7 @@ fn key(value: &Value, kind: Kind) -> Result<ObjectKey, (&'static str, String)> {
         Kind::Node => String::new(),
         Kind::Service | Kind::Slice | Kind::Pod => text("namespace")?.unwrap_or_else(|| "default".into()),
     };
-    Ok(ObjectKey { namespace, name })
+    Ok(ObjectKey::new(namespace, name))
 }
 
 /// What an API server would have done to a file: the default namespace, labels without a value, and the empty name of
@@ -414,7 +414,7 @@ fn normalise(value: &mut Value, id: &Id) {
                 *label = Value::String(String::new());
             }
         }
-        metadata.insert("namespace".into(), Value::String(id.key.namespace.clone()));
+        metadata.insert("namespace".into(), Value::String(id.key.namespace.to_string()));
     }
     if id.kind == Kind::Slice
         && let Some(Value::Array(ports)) = value.get_mut("ports")

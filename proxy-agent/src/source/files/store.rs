@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tracing::{debug, warn};
 
 use super::document::{Broken, Entry, Id, Kind, Object, Parsed};
-use crate::object::{Change, Delta, Node, Problem, Read, Service, Slice, Unreadable};
+use crate::object::{Change, Delta, Name, Node, Problem, Read, Service, Slice, Unreadable};
 use crate::source::derive::Derive;
 
 /// One file, as last read.
@@ -22,15 +22,18 @@ struct Said {
     /// Its last good state, and the other places that claim it, too.
     good: Option<(Arc<Object>, Vec<String>)>,
     /// Why its present text cannot be read.
-    broken: Option<Broken>,
+    broken: Option<Box<Broken>>,
 }
+
+/// Names of files, sorted.
+type Claimants = Vec<Name>;
 
 /// All files. Files are known by name, and the first by name wins where two hold the same object.
 #[derive(Default)]
 pub(super) struct Store {
     files: BTreeMap<String, File>,
     /// Which files have, or had when last readable, an object, or have a broken one of that name.
-    claims: BTreeMap<Id, BTreeSet<String>>,
+    claims: BTreeMap<Id, Claimants>,
     said: BTreeMap<Id, Said>,
     derive: Derive,
 }
@@ -143,7 +146,7 @@ impl Store {
         let old = self.files.remove(name).unwrap_or_default();
         for id in old.objects.keys().chain(old.broken.iter().filter_map(|b| b.id.as_ref())) {
             if let Some(files) = self.claims.get_mut(id) {
-                files.remove(name);
+                files.retain(|file| *file != name);
             }
             touched.insert(id.clone());
         }
@@ -176,7 +179,10 @@ impl Store {
             debug!("{broken}; what it held before stays in force");
         }
         for id in new.objects.keys().chain(new.broken.iter().filter_map(|b| b.id.as_ref())) {
-            self.claims.entry(id.clone()).or_default().insert(name.to_owned());
+            let files = self.claims.entry(id.clone()).or_insert_with(|| Vec::with_capacity(1));
+            if let Err(place) = files.binary_search_by(|file| (**file).cmp(name)) {
+                files.insert(place, name.into());
+            }
             touched.insert(id.clone());
         }
         self.files.insert(name.to_owned(), new);
@@ -189,18 +195,18 @@ impl Store {
         };
         let mut said = Said::default();
         for name in claims {
-            let Some(file) = self.files.get(name) else {
+            let Some(file) = self.files.get(&**name) else {
                 continue;
             };
             match (file.objects.get(id), &mut said.good) {
                 // S3: as if it were not there.
                 (Some(object), _) if **object == Object::Excluded => {}
                 (Some(object), None) => said.good = Some((Arc::clone(object), Vec::new())),
-                (Some(_), Some((_, others))) => others.push(name.clone()),
+                (Some(_), Some((_, others))) => others.push(name.to_string()),
                 (None, _) => {}
             }
             if said.broken.is_none() {
-                said.broken = file.broken.iter().find(|b| b.id.as_ref() == Some(id)).cloned();
+                said.broken = file.broken.iter().find(|b| b.id.as_ref() == Some(id)).cloned().map(Box::new);
             }
         }
         if claims.is_empty() {
@@ -215,7 +221,7 @@ impl Store {
                 self.derive.set_service(&id.key, selection.as_deref().cloned());
             }
             (Kind::Pod, Some(Object::Pod(pod))) => self.derive.set_pod(&id.key, Some((**pod).clone())),
-            (Kind::Node, Some(Object::Node(node))) => self.derive.set_zone(&node.name, node.zone.clone()),
+            (Kind::Node, Some(Object::Node(node))) => self.derive.set_zone(&node.name, node.zone.as_deref()),
             (Kind::Service, _) => self.derive.set_service(&id.key, None),
             (Kind::Pod, _) => self.derive.set_pod(&id.key, None),
             (Kind::Node, _) => self.derive.set_zone(&id.key.name, None),

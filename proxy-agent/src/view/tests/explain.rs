@@ -37,12 +37,12 @@ fn full() -> Service {
 /// One endpoint here, one elsewhere.
 fn spread() -> Slice {
     let endpoints = vec![on("n1", endpoint("10.244.1.5")), on("n2", endpoint("10.244.2.5"))];
-    Slice { ports: vec![slice_port("http", 9376)], ..slice("s", "svc", endpoints) }
+    Slice { ports: [slice_port("http", 9376)].into(), ..slice("s", "svc", endpoints) }
 }
 
 fn elsewhere() -> Slice {
     Slice {
-        ports: vec![slice_port("http", 9376)],
+        ports: [slice_port("http", 9376)].into(),
         ..slice("s", "svc", vec![on("n2", endpoint("10.244.2.5"))])
     }
 }
@@ -279,7 +279,7 @@ fn m2_m3_m4_m9_whose_source_is_replaced() {
 #[test]
 fn m5_m10_depend_on_the_endpoint() {
     let endpoints = vec![endpoint("10.244.1.9"), endpoint("10.244.2.5"), endpoint("192.0.2.1")];
-    let slices = vec![Slice { ports: vec![slice_port("http", 1)], ..slice("s", "svc", endpoints) }];
+    let slices = vec![Slice { ports: [slice_port("http", 1)].into(), ..slice("s", "svc", endpoints) }];
     let model = model_of(full(), slices);
     // M5: the pod may be sent to itself.
     assert_eq!(snat(&model, POD, CLUSTER_IP), "10.244.1.9:1");
@@ -294,9 +294,8 @@ fn m6_internal_policy_and_hints_do_not_change_snat() {
     let plain = model_of(full(), vec![spread()]);
     let local = model_of(Service { internal_local: true, ..full() }, vec![spread()]);
     let mut hinted = spread();
-    for (endpoint, zone) in hinted.endpoints.iter_mut().zip(["a", "b"]) {
-        endpoint.zone_hints = vec![zone.to_owned()];
-    }
+    let endpoints = hinted.endpoints.iter().cloned().zip(["a", "b"]);
+    hinted.endpoints = endpoints.map(|(endpoint, zone)| hinted_zones(&[zone], endpoint)).collect();
     let hinted = model_of(full(), vec![hinted]);
     assert_eq!(ask(&hinted, POD, CLUSTER_IP).endpoints.len(), 1);
     for from in [NODE, POD, OUTSIDE] {
@@ -331,10 +330,11 @@ fn paths_that_the_socket_hooks_leave_alone() {
     // B13.
     assert_eq!(short(&empty, POD, "10.96.0.7:53/UDP"), "reject, packet");
     let dns = Slice {
-        ports: vec![
+        ports: [
             crate::object::SlicePort { protocol: Protocol::Udp, ..slice_port("dns", 53) },
             crate::object::SlicePort { protocol: Protocol::Sctp, ..slice_port("sctp", 99) },
-        ],
+        ]
+        .into(),
         ..elsewhere()
     };
     let model = model_of(service, vec![dns]);

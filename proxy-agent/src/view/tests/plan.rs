@@ -10,7 +10,7 @@ fn json_of(model: &Model) -> Value {
 
 fn simple_slice() -> Slice {
     let endpoint = SliceEndpoint { zone: Some("a".into()), ..on("n1", endpoint("10.244.1.5")) };
-    Slice { ports: vec![slice_port("", 9876)], ..slice("s", "svc", vec![endpoint]) }
+    Slice { ports: [slice_port("", 9876)].into(), ..slice("s", "svc", vec![endpoint]) }
 }
 
 #[test]
@@ -98,7 +98,8 @@ fn text_for_people() {
     loser.cluster_ip.v4 = Some(ip("10.96.0.8"));
     let affine = Service { affinity_timeout_s: Some(60), internal_local: true, ..service("svc") };
     let mut simple = simple_slice();
-    simple.endpoints.push(on("node-two", terminating(true, endpoint("10.244.2.50"))));
+    let second = on("node-two", terminating(true, endpoint("10.244.2.50")));
+    simple.endpoints = simple.endpoints.iter().cloned().chain([second]).collect();
     let model = model_with(Policy::default(), vec![loser, affine], vec![simple]);
     let expected = "\
 ns/svc:/TCP IPv4
