@@ -72,16 +72,16 @@ struct PacketArgs {
 #[command(next_help_heading = "Table sizes")]
 struct LimitArgs {
     /// VIP:port/protocol triples.
-    #[arg(long, value_name = "N", default_value_t = 1 << 14, value_parser = clap::value_parser!(u32).range(16..))]
+    #[arg(long, value_name = "N", default_value_t = 1 << 12, value_parser = clap::value_parser!(u32).range(16..))]
     initial_frontends: u32,
     /// Service ports, each family by itself.
-    #[arg(long, value_name = "N", default_value_t = 1 << 14, value_parser = clap::value_parser!(u32).range(16..))]
+    #[arg(long, value_name = "N", default_value_t = 1 << 12, value_parser = clap::value_parser!(u32).range(16..))]
     initial_services: u32,
     /// Endpoints of all sets, with room for those being replaced.
-    #[arg(long, value_name = "N", default_value_t = 1 << 16, value_parser = clap::value_parser!(u32).range(16..))]
+    #[arg(long, value_name = "N", default_value_t = 1 << 14, value_parser = clap::value_parser!(u32).range(16..))]
     initial_slots: u32,
     /// Endpoints of all service ports.
-    #[arg(long, value_name = "N", default_value_t = 1 << 16, value_parser = clap::value_parser!(u32).range(16..))]
+    #[arg(long, value_name = "N", default_value_t = 1 << 14, value_parser = clap::value_parser!(u32).range(16..))]
     initial_backends: u32,
     /// Connections by packet whose clients have gone on after the first answer: these give way to nobody. One that finds
     /// no room stays among the others. About 300 bytes each; made once, until `sheave cleanup`.

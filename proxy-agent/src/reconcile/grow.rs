@@ -16,10 +16,10 @@ impl Report {
                 match table {
                     // All generations share it.
                     Table::SourceRanges => {}
-                    Table::Frontends => larger.frontends = double(limits.frontends, Limits::MAX.frontends),
-                    Table::Services => larger.services = double(limits.services, Limits::MAX.services),
-                    Table::Slots => larger.slots = double(limits.slots, Limits::MAX.slots),
-                    Table::Backends => larger.backends = double(limits.backends, Limits::MAX.backends),
+                    Table::Frontends => larger.frontends = grown(limits.frontends, Limits::MAX.frontends),
+                    Table::Services => larger.services = grown(limits.services, Limits::MAX.services),
+                    Table::Slots => larger.slots = grown(limits.slots, Limits::MAX.slots),
+                    Table::Backends => larger.backends = grown(limits.backends, Limits::MAX.backends),
                 }
             }
         }
@@ -27,7 +27,10 @@ impl Report {
     }
 }
 
-/// Sizes that hold all that is wanted, with half as much again to spare: for the first sync of a large cluster, which
+/// Sizes are multiples of it, where they are not powers of two by themselves.
+const GRAIN: u32 = 1 << 10;
+
+/// Sizes that hold all that is wanted, with a quarter of that to spare: for the first sync of a large cluster, which
 /// would otherwise grow again and again. Unchanged if it fits as it is, so that a restart writes nothing.
 pub fn roomy(limits: Limits, wanted: &[WantedService]) -> Limits {
     let ports = || wanted.iter().flat_map(|service| &service.ports);
@@ -38,8 +41,8 @@ pub fn roomy(limits: Limits, wanted: &[WantedService]) -> Limits {
         if u32::try_from(wanted).is_ok_and(|wanted| wanted <= size) {
             return size;
         }
-        let spare = u32::try_from(wanted + wanted / 2).unwrap_or(u32::MAX);
-        if spare <= size { size } else { spare.checked_next_power_of_two().unwrap_or(max).min(max) }
+        let spare = u32::try_from(wanted + wanted / 4).unwrap_or(u32::MAX);
+        if spare <= size { size } else { spare.checked_next_multiple_of(GRAIN).unwrap_or(max).min(max) }
     };
     let max = Limits::MAX;
     Limits {
@@ -50,8 +53,9 @@ pub fn roomy(limits: Limits, wanted: &[WantedService]) -> Limits {
     }
 }
 
-fn double(size: u32, max: u32) -> u32 {
-    size.saturating_mul(2).min(max)
+/// A table has all of its memory from the start: half as large again, or a few pages.
+fn grown(size: u32, max: u32) -> u32 {
+    size.saturating_add((size / 2).max(GRAIN)).min(max)
 }
 
 impl Reconciler {
