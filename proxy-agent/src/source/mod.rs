@@ -5,4 +5,4 @@ pub mod derive;
 pub mod files;
 pub mod kube;
 pub mod links;
-mod notices;
+pub(crate) mod notices;

@@ -1,4 +1,5 @@
-//! That links or addresses of this network namespace changed; what changed is read anew.
+//! That something of this network namespace changed: links or addresses, for whoever reads them anew; or what else the
+//! kernel tells of by netlink.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -12,30 +13,32 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 /// Pods that come and go make notices by the hundred; reading all interfaces for each would be wasted.
-pub(super) const REST: Duration = Duration::from_millis(20);
+pub(crate) const REST: Duration = Duration::from_millis(20);
 
-/// A route netlink socket that is readable after changes.
-pub(super) struct Notices(AsyncFd<OwnedFd>);
+/// A netlink socket that is readable after changes.
+pub(crate) struct Notices(AsyncFd<OwnedFd>);
 
 impl Notices {
+    /// Of links and addresses.
     pub(super) fn new() -> io::Result<Self> {
-        let fd = socket(
-            AddressFamily::Netlink,
-            SockType::Raw,
-            SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
-            SockProtocol::NetlinkRoute,
-        )?;
         let groups = libc::RTMGRP_IPV4_IFADDR | libc::RTMGRP_IPV6_IFADDR | libc::RTMGRP_LINK;
-        bind(fd.as_raw_fd(), &NetlinkAddr::new(0, groups.unsigned_abs()))?;
+        Self::of(SockProtocol::NetlinkRoute, groups.unsigned_abs())
+    }
+
+    /// Of groups of a family, a bit each.
+    pub(crate) fn of(family: SockProtocol, groups: u32) -> io::Result<Self> {
+        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+        let fd = socket(AddressFamily::Netlink, SockType::Raw, flags, family)?;
+        bind(fd.as_raw_fd(), &NetlinkAddr::new(0, groups))?;
         // SAFETY: an `OwnedFd` names the same open file until it is dropped, and `AsyncFd` drops it after its
         // registration.
         let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?;
         Ok(Self(fd))
     }
 
-    /// Waits for notices and throws them away: what they say is read from the interfaces, so none can be misread, and
-    /// none that was lost can be missed.
-    pub(super) async fn next(&self) -> io::Result<()> {
+    /// Waits for notices and throws them away: what they say is read where it is, so none can be misread, and none that
+    /// was lost can be missed.
+    pub(crate) async fn next(&self) -> io::Result<()> {
         let mut buffer = [0; 8192];
         let mut some = false;
         loop {
