@@ -83,7 +83,11 @@ impl Agent {
     pub fn start(config: Config, claim: Claim) -> Result<Self, kernel::Error> {
         let generation = config.pins.newest()?.unwrap_or(0);
         let tables = config.pins.tables(generation);
-        let settings = Settings::of_this_host(!config.policy.no_packet_path, config.packets.flow_limits)?;
+        let settings = Settings::of_this_host(
+            !config.policy.no_packet_path,
+            config.packets.fast_path,
+            config.packets.flow_limits,
+        )?;
         if !settings.set_retval {
             tracing::warn!(
                 "this kernel cannot refuse a connection with ECONNREFUSED (needs 5.18): left to the packet path"

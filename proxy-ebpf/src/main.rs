@@ -111,6 +111,18 @@ pub fn packet_egress(ctx: TcContext) -> i32 {
     packet::egress(&ctx)
 }
 
+/// Comes before [`packet_ingress`] where packets may skip the stack.
+#[classifier]
+pub fn packet_first(ctx: TcContext) -> i32 {
+    packet::fast(&ctx)
+}
+
+/// Comes before [`packet_egress`] for those that the stack lets pass, to learn from them.
+#[classifier]
+pub fn packet_learn(ctx: TcContext) -> i32 {
+    packet::accept(&ctx)
+}
+
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
     // A panic that stays reachable makes the program fail to load; it never runs.

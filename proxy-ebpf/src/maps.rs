@@ -14,9 +14,9 @@ use aya_ebpf::{
 use proxy_common::{
     abi::{
         Address, AffinityEntry, AffinityKey, Backend, DatagramFlow, DatagramKey, DatagramOrigin, Device,
-        Flow, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, FrontendLine, Outcome,
-        PacketSettings, Port, ServiceId, ServiceRecord, SetWord, Slot, SnatKey, SocketOrigin, SocketPlace,
-        SourceRange,
+        Flow, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, FrontendLine, Lane, LaneKey,
+        Outcome, PacketSettings, Port, ServiceId, ServiceRecord, SetWord, Slot, SnatKey, SocketOrigin,
+        SocketPlace, SourceRange,
         line::Header,
         packet::{FLOW_PLACES, PROGRAMS, SNAT_PLACES, VIP_PLACES},
         socket,
@@ -153,6 +153,14 @@ pub(crate) static SEVERAL_VIPS: Array<u32> = Array::with_max_entries(1, 0);
 #[map]
 pub(crate) static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts> =
     LruHashMap::with_max_entries(1 << 12, 0);
+
+/// As many lanes as the agent says. Not pinned: whatever is lost is learned again. Writer: the programs.
+#[map]
+pub(crate) static LANES: LruHashMap<LaneKey, Lane> = LruHashMap::with_max_entries(1, 0);
+
+/// Writer: the agent.
+#[map]
+pub(crate) static EPOCH: Array<u32> = Array::with_max_entries(1, 0);
 
 /// Stores in an LRU table, as if looked for at once. A full table throws out first what nobody has looked for since it was
 /// stored; where all others have been, that is the newest, which is about to be looked for.

@@ -336,7 +336,7 @@ fn cleanup_leaves_nothing() {
             fs::read_dir(directory).unwrap().map(|e| bpf::pinned_map_id(&e.unwrap().path()).unwrap()),
         );
     }
-    assert_eq!((programs.len(), maps.len()), (9, 24));
+    assert_eq!((programs.len(), maps.len()), (9, 25));
     assert!(maps.iter().all(|id| bpf::map_exists(*id).unwrap()));
     let client = scene.pod(2).unwrap().client().unwrap();
     let held = client.hold(vip(), 3).unwrap();

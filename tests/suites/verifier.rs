@@ -5,7 +5,7 @@ use aya::{
     EbpfLoader,
     programs::{ProgramInfo, SchedClassifier},
 };
-use proxy_agent::kernel::programs::{CLASSIFIERS, CONTINUATIONS, OBJECT, PROGRAMS, load};
+use proxy_agent::kernel::programs::{CLASSIFIERS, CONTINUATIONS, FAST_PATH, OBJECT, PROGRAMS, load};
 
 /// Instructions that the verifier may walk for one program. Kernels give up at a million; what comes near it on a new
 /// kernel fails on an old one, which prunes less.
@@ -17,17 +17,19 @@ const MAX_VERIFIED_PACKET: u32 = 400_000;
 #[test]
 fn every_program_loads_with_every_setting() {
     for host_netns in [0u64, 4250] {
-        for set_retval in [0u32, 1] {
+        for (set_retval, fast_path) in [(0u32, 0u32), (1, 0), (1, 1)] {
             let mut loader = EbpfLoader::new();
-            loader.btf(None).override_global("HOST_NETNS", &host_netns, true).override_global(
-                "SET_RETVAL",
-                &set_retval,
-                true,
-            );
+            loader
+                .btf(None)
+                .override_global("HOST_NETNS", &host_netns, true)
+                .override_global("SET_RETVAL", &set_retval, true)
+                .override_global("FAST_PATH", &fast_path, true);
             let mut ebpf = loader.load(OBJECT).unwrap_or_else(|error| panic!("needs root: {error:?}"));
             let check = |name: &str, info: ProgramInfo, max: u32| {
                 let verified = info.verified_instruction_count().unwrap();
-                println!("{name} (node {host_netns}, set_retval {set_retval}): {verified} instructions");
+                println!(
+                    "{name} (node {host_netns}, set_retval {set_retval}, fast path {fast_path}): {verified} instructions"
+                );
                 assert!(verified < max, "{name}: {verified}");
             };
             for name in PROGRAMS {
@@ -35,7 +37,8 @@ fn every_program_loads_with_every_setting() {
                 load(program, name).unwrap_or_else(|error| panic!("{name}: {error:?}"));
                 check(name, program.info().unwrap(), MAX_VERIFIED);
             }
-            for name in CLASSIFIERS.into_iter().chain(CONTINUATIONS.map(|(name, _)| name)) {
+            let continuations = CONTINUATIONS.into_iter().chain(FAST_PATH).map(|(name, _)| name);
+            for name in CLASSIFIERS.into_iter().chain(continuations) {
                 let program: &mut SchedClassifier = ebpf.program_mut(name).unwrap().try_into().unwrap();
                 program.load().unwrap_or_else(|error| panic!("{name}: {error:?}"));
                 check(name, program.info().unwrap(), MAX_VERIFIED_PACKET);
@@ -50,7 +53,8 @@ fn the_object_has_no_other_programs() {
         EbpfLoader::new().btf(None).load(OBJECT).unwrap_or_else(|error| panic!("needs root: {error:?}"));
     let mut names: Vec<&str> = ebpf.programs().map(|(name, _)| name).collect();
     names.sort_unstable();
-    let mut known = [&PROGRAMS[..], &CLASSIFIERS, &CONTINUATIONS.map(|(name, _)| name)].concat();
+    let names_of = |continuations: [(&'static str, u32); 2]| continuations.map(|(name, _)| name);
+    let mut known = [&PROGRAMS[..], &CLASSIFIERS, &names_of(CONTINUATIONS), &names_of(FAST_PATH)].concat();
     known.sort_unstable();
     assert_eq!(names, known);
 }

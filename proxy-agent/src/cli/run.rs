@@ -13,7 +13,7 @@ use crate::control;
 use crate::dataplane::Limits;
 use crate::kernel::devices::Hooks;
 use crate::kernel::programs::FlowLimits;
-use crate::packet::{self, settings::SnatPorts};
+use crate::packet::{self, fast::Watch, settings::SnatPorts};
 use crate::source::{addresses, files, kube, links};
 
 #[derive(Args, Debug)]
@@ -61,6 +61,14 @@ struct PacketArgs {
     /// on.
     #[arg(long)]
     take_over: bool,
+    /// Let connections that the node's network stack has accepted in both directions skip it afterwards. Costs: netfilter
+    /// sees one packet of each direction a second, and those that begin and end a connection, so whatever counts, limits,
+    /// logs or marks packets sees those only; rules against a connection that runs take hold at once in nftables, within a
+    /// second in iptables and ipsets, and without an agent routes and devices too; a CNI's programs at ingress of a device, after these, do not run, those at egress do.
+    /// Sets net.netfilter.nf_conntrack_tcp_be_liberal to 1, and leaves it so: connection tracking would take what it has
+    /// not seen grow for invalid.
+    #[arg(long)]
+    fast_path: bool,
     /// How often the tables of connections are looked through.
     #[arg(long, value_name = "MILLISECONDS", default_value_t = 10_000, hide = true,
         value_parser = clap::value_parser!(u64).range(1..))]
@@ -126,10 +134,14 @@ impl RunArgs {
                     DeviceHooks::Tcx => Hooks::Tcx,
                     DeviceHooks::Clsact => Hooks::Clsact,
                 },
+                fast_path: self.packets.fast_path,
             },
         };
         if config.policy.no_packet_path && config.packets.take_over {
             bail!("--take-over needs --packet-path on: without it kube-proxy is what serves packets");
+        }
+        if config.policy.no_packet_path && config.packets.fast_path {
+            bail!("--fast-path needs --packet-path on");
         }
         if !config.policy.no_packet_path {
             warn_of_local_ports(config.packets.snat_ports);
@@ -164,6 +176,7 @@ impl RunArgs {
         config.pins.prepare()?;
         let claim = config.pins.claim()?;
         let listener = control::listen(&self.control.control_socket).await?;
+        let (pins, fast_path) = (config.pins.clone(), config.packets.fast_path);
         let agent = Agent::start(config, claim).context("start")?;
         let (questions, asked) = mpsc::channel(16);
         tokio::spawn(control::serve(listener, questions));
@@ -176,6 +189,10 @@ impl RunArgs {
         if !no_packet_path {
             sources
                 .spawn(async move { links::run(links).await.context("follow this node's network devices") });
+        }
+        if fast_path {
+            let watch = Watch::open(&pins).context("prepare the fast path")?;
+            sources.spawn(async move { watch.run().await.context("follow routes and rules") });
         }
         match source {
             Source::Files(directory) => sources.spawn(async move {

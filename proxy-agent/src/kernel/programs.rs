@@ -1,16 +1,17 @@
 //! Loading the programs on the pinned maps, and attaching them without a gap.
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use aya::maps::{Map, MapData, ProgramArray};
+use aya::maps::{Map, MapData, MapError, ProgramArray};
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::{CgroupAttachMode, CgroupSockAddr, Program, SchedClassifier};
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfLoader};
-use proxy_common::abi::packet::{EGRESS, FLOW_PLACES, INGRESS, SNAT_PLACES, VIP_PLACES};
+use proxy_common::abi::packet::{ACCEPT, EGRESS, FAST, FLOW_PLACES, INGRESS, SNAT_PLACES, VIP_PLACES};
 use proxy_common::abi::{
     Address, AffinityEntry, AffinityKey, Backend, DatagramFlow, DatagramKey, DatagramOrigin, Device, Flow,
     FlowKey, FragmentKey, FragmentPorts, FrontendLine, Outcome, PacketSettings, ServiceRecord, Slot, SnatKey,
@@ -43,6 +44,9 @@ pub const CLASSIFIERS: [&str; 4] = ["tc_ingress", "tc_egress", "tc_ingress_bare"
 /// Programs that go on where those find something of ours, and their places in [`PACKET_PROGRAMS`].
 pub const CONTINUATIONS: [(&str, u32); 2] = [("packet_ingress", INGRESS), ("packet_egress", EGRESS)];
 
+/// Those that come before them where packets may skip the stack.
+pub const FAST_PATH: [(&str, u32); 2] = [("packet_first", FAST), ("packet_learn", ACCEPT)];
+
 /// The map by which they are found.
 const PACKET_PROGRAMS: &str = "PACKET_PROGRAMS";
 
@@ -57,7 +61,7 @@ struct Shape {
 }
 
 macro_rules! shape {
-    ($name:literal, $key:ty, $value:ty) => {
+    ($name:expr, $key:ty, $value:ty) => {
         Shape { name: $name, key_bytes: size_of::<$key>(), value_bytes: size_of::<$value>() }
     };
 }
@@ -71,7 +75,7 @@ const TABLES: [Shape; 4] = [
 ];
 
 /// Maps that the programs write, and those of the agent that keep their size; shared by all generations.
-const STATE: [Shape; 20] = [
+const STATE: [Shape; 21] = [
     shape!("AFFINITY", AffinityKey, AffinityEntry),
     shape!("DATAGRAM_FLOWS", DatagramKey, DatagramFlow),
     shape!("DATAGRAM_ORIGIN", DatagramKey, DatagramOrigin),
@@ -93,7 +97,11 @@ const STATE: [Shape; 20] = [
     shape!("YOUNG_SNAT", SnatKey, FlowKey),
     shape!("SEVERAL_VIPS", u32, u32),
     shape!("FRAGMENTS", FragmentKey, FragmentPorts),
+    shape!(EPOCH, u32, u32),
 ];
+
+/// The word that ends what the fast path has learned.
+pub const EPOCH: &str = "EPOCH";
 
 /// How many connections the packet path keeps. Their tables do not grow: nothing could be moved while packets write.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -102,6 +110,13 @@ pub struct FlowLimits {
     pub grown: u32,
     /// Others: `YOUNG_FLOWS`, and `YOUNG_SNAT`.
     pub young: u32,
+}
+
+impl FlowLimits {
+    /// Two for each connection that is not young; in memory 200 bytes each.
+    const fn lanes(self) -> u32 {
+        self.grown.saturating_mul(2)
+    }
 }
 
 /// What the programs are told at load time.
@@ -113,6 +128,8 @@ pub struct Settings {
     pub set_retval: bool,
     /// Whether the programs of the packet path are loaded at all.
     pub packet_path: bool,
+    /// Whether packets may skip the stack.
+    pub fast_path: bool,
     /// Sizes of tables that are not pinned yet.
     pub flow_limits: FlowLimits,
 }
@@ -122,7 +139,7 @@ impl Settings {
     ///
     /// # Errors
     /// If the kernel's version cannot be read.
-    pub fn of_this_host(packet_path: bool, flow_limits: FlowLimits) -> Result<Self, Error> {
+    pub fn of_this_host(packet_path: bool, fast_path: bool, flow_limits: FlowLimits) -> Result<Self, Error> {
         let (major, minor, patch) = SET_RETVAL_SINCE;
         let version = KernelVersion::current().map_err(|error| {
             Error::path("read the kernel version from", "/proc")(std::io::Error::other(error))
@@ -131,6 +148,7 @@ impl Settings {
             host_netns: sys::netns_cookie().unwrap_or(0),
             set_retval: version >= KernelVersion::new(major, minor, patch),
             packet_path,
+            fast_path,
             flow_limits,
         })
     }
@@ -159,13 +177,15 @@ impl Loaded {
         for (shape, path) in pinned() {
             check(shape, &path)?;
         }
-        let set_retval = u32::from(settings.set_retval);
+        let (set_retval, fast_path) = (u32::from(settings.set_retval), u32::from(settings.fast_path));
         let mut loader = EbpfLoader::new();
         // None of these programs needs the kernel's BTF: parsing it costs 17 ms and 16 MB.
         loader
             .btf(None)
             .override_global("HOST_NETNS", &settings.host_netns, true)
             .override_global("SET_RETVAL", &set_retval, true)
+            .override_global("FAST_PATH", &fast_path, true)
+            .map_max_entries("LANES", if settings.fast_path { settings.flow_limits.lanes() } else { 1 })
             .map_max_entries("FRONTENDS", frontends::places(limits.frontends))
             .map_max_entries("SERVICES", limits.services)
             .map_max_entries("SLOTS", limits.slots)
@@ -182,7 +202,7 @@ impl Loaded {
             load(program(&mut ebpf, name)?, name)?;
         }
         if settings.packet_path {
-            load_classifiers(&mut ebpf)?;
+            load_classifiers(&mut ebpf, settings.fast_path)?;
         }
         Ok(Self { ebpf, pins: pins.clone() })
     }
@@ -287,21 +307,34 @@ pub fn load(program: &mut Program, name: &'static str) -> Result<(), Error> {
     hook(program, name)?.load().map_err(load)
 }
 
-/// Loads [`CLASSIFIERS`] and [`CONTINUATIONS`]. From here on the hooks of a former run go on with these; both versions find
+/// Loads [`CLASSIFIERS`], [`CONTINUATIONS`] and, if told so, [`FAST_PATH`]. From here on the hooks of a former run go on with these; both versions find
 /// the same packets in the same tables.
-fn load_classifiers(ebpf: &mut Ebpf) -> Result<(), Error> {
+fn load_classifiers(ebpf: &mut Ebpf, fast_path: bool) -> Result<(), Error> {
     let map_error = |source| Error::Map { map: PACKET_PROGRAMS, source };
-    for name in CONTINUATIONS.map(|(name, _)| name).into_iter().chain(CLASSIFIERS) {
+    let fast: &[_] = if fast_path { &FAST_PATH } else { &[] };
+    let continuations = || CONTINUATIONS.iter().chain(fast).copied();
+    for name in continuations().map(|(name, _)| name).chain(CLASSIFIERS) {
         let load = |source| Error::Program { action: "load", program: name, source };
         classifier(ebpf, name)?.load().map_err(load)?;
     }
-    for (name, place) in CONTINUATIONS {
+    for (name, place) in continuations() {
         let used = |source| Error::Program { action: "use", program: name, source };
         let fd =
             classifier(ebpf, name)?.fd().map_err(used)?.try_clone().map_err(|error| used(error.into()))?;
         let map = ebpf.map_mut(PACKET_PROGRAMS).ok_or(Error::NoProgram(PACKET_PROGRAMS))?;
         let mut places = ProgramArray::try_from(map).map_err(map_error)?;
         places.set(place, &fd, 0).map_err(map_error)?;
+    }
+    if !fast_path {
+        // The hooks of a former run go on without them.
+        let map = ebpf.map_mut(PACKET_PROGRAMS).ok_or(Error::NoProgram(PACKET_PROGRAMS))?;
+        let mut places = ProgramArray::try_from(map).map_err(map_error)?;
+        for (_, place) in FAST_PATH {
+            match places.clear_index(&place) {
+                Err(MapError::SyscallError(error)) if error.io_error.kind() == ErrorKind::NotFound => {}
+                result => result.map_err(map_error)?,
+            }
+        }
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 //!
 //! * [`roles`], [`settings`], `counted`: what is wanted. Pure.
 //! * [`flows`]: upkeep of connections, on a thread of its own.
+//! * [`fast`]: when what the fast path has learned is to be learned again.
 //! * here: wanted minus written, in an order that is safe at every moment: what a hook needs to know is there before
 //!   the hook; a VIP's place in the filter is set before its frontend is written, and cleared when neither a frontend
 //!   nor a connection needs it.
@@ -11,6 +12,7 @@
 
 mod ageing;
 mod counted;
+pub mod fast;
 pub mod flows;
 pub mod roles;
 pub mod settings;
@@ -57,6 +59,8 @@ pub struct Options {
     pub take_over: bool,
     /// How programs are put on devices.
     pub hooks: Hooks,
+    /// Whether packets may skip the stack.
+    pub fast_path: bool,
 }
 
 /// See the module.

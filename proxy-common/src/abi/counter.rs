@@ -56,6 +56,8 @@ outcomes! {
     PacketForwarded = "packet_forwarded",
     /// A packet that followed the flow of an earlier one.
     PacketFollowed = "packet_followed",
+    /// A packet that skipped the stack, translated or not.
+    PacketFast = "packet_fast",
     /// A reply that was given the VIP as its source.
     PacketReplied = "packet_replied",
     /// A packet that left with a replaced source (M).

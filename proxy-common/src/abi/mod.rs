@@ -43,6 +43,7 @@ pub mod counter;
 pub mod datagram;
 pub mod flow;
 pub mod frontend;
+pub mod lane;
 pub mod line;
 pub mod packet;
 pub mod service;
@@ -55,6 +56,7 @@ pub use counter::Outcome;
 pub use datagram::{DatagramFlow, DatagramKey, DatagramOrigin};
 pub use flow::{Flow, FlowKey, FragmentKey, FragmentPorts, SnatKey};
 pub use frontend::{FrontendKey, FrontendKind, FrontendValue, Origin, Protocol};
+pub use lane::{Lane, LaneKey};
 pub use line::{Frontend, FrontendLine};
 pub use packet::{Device, PacketSettings, Prefix, SourceRange};
 pub use service::{AffinityWord, ServiceId, ServiceRecord, SetWord, WhenEmpty, WhichSet};
@@ -62,4 +64,4 @@ pub use socket::{SocketOrigin, SocketPlace};
 
 /// Changes whenever any layout here, or the meaning of a field, changes. It is part of the pin directory's name, so an
 /// agent never adopts maps that it would misread.
-pub const LAYOUT_VERSION: u32 = 4;
+pub const LAYOUT_VERSION: u32 = 5;

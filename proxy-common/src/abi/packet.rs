@@ -118,8 +118,12 @@ impl SourceRange {
 pub const INGRESS: u32 = 0;
 /// The same for one that leaves.
 pub const EGRESS: u32 = 1;
+/// What comes before [`INGRESS`] where packets may skip the stack.
+pub const FAST: u32 = 2;
+/// What comes before [`EGRESS`] there, for those that are to be seen leaving.
+pub const ACCEPT: u32 = 3;
 /// How many places `PACKET_PROGRAMS` has.
-pub const PROGRAMS: u32 = 2;
+pub const PROGRAMS: u32 = 4;
 
 /// Places of `VIPS`: one byte each, 1 where at least one VIP has its place. Written by the agent only.
 pub const VIP_PLACES: usize = 1 << 16;

@@ -7,12 +7,13 @@ mod tables;
 use core::ptr::null_mut;
 
 use aya_ebpf::{
+    Global,
     bindings::__sk_buff,
     helpers::{bpf_redirect, bpf_redirect_neigh},
     programs::TcContext,
 };
 use proxy_common::{
-    abi::packet::{EGRESS, INGRESS},
+    abi::packet::{ACCEPT, EGRESS, FAST, INGRESS},
     decide::packet::{self as decide, Decision, Headers, L2_BYTES, PacketTables, Route, Verdict},
 };
 use skb::Skb;
@@ -39,13 +40,29 @@ const SETTLED: u32 = 0x5ea1;
 /// What [`watch_bare_egress`] leaves there for [`egress`]: the link header is to be taken off again.
 const BARE: u32 = 0x5ea2;
 
+/// What [`fast`] leaves there for the first egress hook: the packet is to be seen leaving.
+const ASKED: u32 = 0x5ea3;
+
+/// 1 if packets may skip the stack. The verifier prunes what is for that otherwise.
+#[unsafe(no_mangle)]
+static FAST_PATH: Global<u32> = Global::new(0);
+
+#[inline(always)]
+fn is_fast() -> bool {
+    FAST_PATH.load() != 0
+}
+
 /// Spares those that Sheave has nothing to do with: nearly all. These programs never write to a frame. For one that
 /// does, wherever it does, the kernel first copies every frame that TCP still holds, and so each one that a pod sends.
 pub(crate) fn watch_ingress(ctx: &TcContext) -> i32 {
     let skb = Skb::new(ctx);
     skb.set_hint(0);
     if is_ours(&skb, |v6| decide::passes_in(&skb, &Device::of(ctx), L2_BYTES, v6)) {
-        // SAFETY: the context is this program's own.
+        if is_fast() {
+            // SAFETY: the context is this program's own.
+            unsafe { PACKET_PROGRAMS.tail_call(ctx, FAST) };
+        }
+        // SAFETY: as above.
         unsafe { PACKET_PROGRAMS.tail_call(ctx, INGRESS) };
     }
     NEXT
@@ -54,9 +71,12 @@ pub(crate) fn watch_ingress(ctx: &TcContext) -> i32 {
 /// As [`watch_ingress`].
 pub(crate) fn watch_egress(ctx: &TcContext) -> i32 {
     let skb = Skb::new(ctx);
-    if skb.hint() != SETTLED
-        && is_ours(&skb, |v6| decide::passes_out(&skb, &Device::leaving(ctx), L2_BYTES, v6))
-    {
+    let hint = skb.hint();
+    if hint != SETTLED && is_ours(&skb, |v6| decide::passes_out(&skb, &Device::leaving(ctx), L2_BYTES, v6)) {
+        if is_fast() && hint == ASKED {
+            // SAFETY: as above.
+            unsafe { PACKET_PROGRAMS.tail_call(ctx, ACCEPT) };
+        }
         // SAFETY: as above.
         unsafe { PACKET_PROGRAMS.tail_call(ctx, EGRESS) };
     }
@@ -125,13 +145,41 @@ pub(crate) fn ingress(ctx: &TcContext) -> i32 {
     match answer {
         REFUSE => packet_refuse(ctx.skb.skb),
         BRIDGE_SETTLED => {
-            Skb::new(ctx).set_hint(SETTLED);
+            let skb = Skb::new(ctx);
+            if !is_fast() || skb.hint() != ASKED {
+                skb.set_hint(SETTLED);
+            }
             packet_bridge(ctx.skb.skb)
         }
         BRIDGE => packet_bridge(ctx.skb.skb),
         COME_IN => come_in(),
         answer => answer,
     }
+}
+
+/// Comes before [`ingress`] with `--fast-path`. A program of its own: these steps would not fit on the other's stack.
+pub(crate) fn fast(ctx: &TcContext) -> i32 {
+    let device = packet_fast(ctx.skb.skb);
+    if device != 0 {
+        Skb::new(ctx).set_hint(SETTLED);
+        // SAFETY: any interface index is allowed.
+        return (unsafe { bpf_redirect(device, 0) }) as i32;
+    }
+    if packet_ask(ctx.skb.skb) != 0 {
+        Skb::new(ctx).set_hint(ASKED);
+    }
+    // SAFETY: the context is this program's own.
+    unsafe { PACKET_PROGRAMS.tail_call(ctx, INGRESS) };
+    NEXT
+}
+
+/// Comes before [`egress`] for what [`fast`] asked for. Hooks that come later see another device.
+pub(crate) fn accept(ctx: &TcContext) -> i32 {
+    packet_accept(ctx.skb.skb);
+    Skb::new(ctx).set_hint(0);
+    // SAFETY: as above.
+    unsafe { PACKET_PROGRAMS.tail_call(ctx, EGRESS) };
+    NEXT
 }
 
 pub(crate) fn egress(ctx: &TcContext) -> i32 {
@@ -211,6 +259,57 @@ const OTHER_PORT: i32 = 1 << 25;
 const DIRECT: i32 = 1 << 26;
 const GIVE_WAY: i32 = 1 << 27;
 const BRIDGE_SETTLED: i32 = 1 << 28;
+
+/// The device by which the packet leaves at once; [`NOWHERE`] if it is to leave by none, 0 if the stack is to see it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn packet_fast(skb: *mut __sk_buff) -> u32 {
+    let ctx = TcContext::new(skb);
+    let mut packet = Skb::new(&ctx);
+    let v6 = match packet.protocol() {
+        IPV4 => false,
+        IPV6 => true,
+        _ => return 0,
+    };
+    packet.pull();
+    match decide::fast(&mut packet, &Device::of(&ctx), v6) {
+        None => 0,
+        Some(0) => NOWHERE,
+        Some(device) => device,
+    }
+}
+
+/// No interface has this index: what is redirected there is dropped.
+const NOWHERE: u32 = u32::MAX;
+
+/// Not 0: the packet is to be seen leaving.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn packet_ask(skb: *mut __sk_buff) -> u32 {
+    let ctx = TcContext::new(skb);
+    let packet = Skb::new(&ctx);
+    let v6 = match packet.protocol() {
+        IPV4 => false,
+        IPV6 => true,
+        _ => return 0,
+    };
+    decide::ask(&packet, &Device::of(&ctx), v6) as u32
+}
+
+/// Not 0: it was learned of.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn packet_accept(skb: *mut __sk_buff) -> u32 {
+    let ctx = TcContext::new(skb);
+    let packet = Skb::new(&ctx);
+    let v6 = match packet.protocol() {
+        IPV4 => false,
+        IPV6 => true,
+        _ => return 0,
+    };
+    packet.pull();
+    decide::accept(&packet, &Device::leaving(&ctx), v6).is_some() as u32
+}
 
 /// Reads the headers into `HEADERS`.
 #[unsafe(no_mangle)]

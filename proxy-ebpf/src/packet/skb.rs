@@ -5,7 +5,8 @@ use core::arch::asm;
 use aya_ebpf::{
     bindings::__sk_buff,
     helpers::{
-        bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_pull_data,
+        bpf_csum_update, bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_head, bpf_skb_change_tail,
+        bpf_skb_pull_data,
     },
     programs::TcContext,
 };
@@ -49,11 +50,11 @@ impl<'a> Skb<'a> {
         unsafe { (&raw const (*self.raw()).ifindex).read_volatile() }
     }
 
-    /// Whether a process of this node made it: it came in by no device.
+    /// Interface index of the device that it came in by; 0: a process of this node made it.
     #[inline(always)]
-    pub(super) fn is_own(&self) -> bool {
+    pub(super) fn arrived_by(&self) -> u32 {
         // SAFETY: as above.
-        unsafe { (&raw const (*self.raw()).ingress_ifindex).read_volatile() == 0 }
+        unsafe { (&raw const (*self.raw()).ingress_ifindex).read_volatile() }
     }
 
     /// What an earlier hook of this node said of the packet.
@@ -188,6 +189,29 @@ impl Packet for Skb<'_> {
         // SAFETY: the helper checks the length.
         let result = unsafe { bpf_skb_change_tail(self.raw(), bytes, 0) };
         if result == 0 { Some(()) } else { None }
+    }
+
+    #[inline(always)]
+    fn change_sum(&mut self, difference: u32) {
+        // SAFETY: the context is valid. Where the device has not summed the packet there is nothing to change.
+        let _ = unsafe { bpf_csum_update(self.raw(), difference) };
+    }
+
+    #[inline(always)]
+    fn bytes(&self) -> u32 {
+        self.length()
+    }
+
+    #[inline(always)]
+    fn segment_bytes(&self) -> u32 {
+        // SAFETY: the kernel gives a valid context; the verifier checks the offset.
+        unsafe { (&raw const (*self.raw()).gso_size).read_volatile() }
+    }
+
+    #[inline(always)]
+    fn is_tagged(&self) -> bool {
+        // SAFETY: as above.
+        unsafe { (&raw const (*self.raw()).vlan_present).read_volatile() != 0 }
     }
 
     #[inline(always)]

@@ -8,26 +8,27 @@ use aya_ebpf::{
 use proxy_common::{
     abi::{
         Address, AffinityEntry, AffinityKey, Backend, DatagramFlow, DatagramKey, DatagramOrigin,
-        Device as DeviceEntry, Flow, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Outcome,
-        PacketSettings, Port, ServiceId, Slot, SnatKey, SourceRange,
+        Device as DeviceEntry, Flow, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Lane,
+        LaneKey, Outcome, PacketSettings, Port, ServiceId, Slot, SnatKey, SourceRange,
         packet::{FRESH, flow_place, snat_place, vip_place},
     },
     decide::{
         Tables,
-        packet::{FlowEntry, PacketTables, Route},
+        packet::{FlowEntry, LaneEntry, PacketTables, Route},
     },
 };
 
 use super::{route, skb::Skb};
 use crate::maps::{
-    CLAIM, CLUSTER_IPS, DEVICES, FLOW, FLOW_FILTER, FLOWS, FRAGMENTS, Maps, PACKET_SETTINGS, SEVERAL_VIPS,
-    SNAT, SNAT_PORTS, SOURCE_RANGES, VIPS, YOUNG_FLOWS, YOUNG_SNAT, count, remember,
+    CLAIM, CLUSTER_IPS, DEVICES, EPOCH, FLOW, FLOW_FILTER, FLOWS, FRAGMENTS, LANES, Maps, PACKET_SETTINGS,
+    SEVERAL_VIPS, SNAT, SNAT_PORTS, SOURCE_RANGES, VIPS, YOUNG_FLOWS, YOUNG_SNAT, count, remember,
 };
 
 /// The maps, and the device whose hook this is.
 pub(super) struct Device {
     skb: *mut __sk_buff,
     index: u32,
+    arrived_by: u32,
     is_own: bool,
 }
 
@@ -35,13 +36,14 @@ impl Device {
     /// At ingress.
     #[inline(always)]
     pub(super) fn of(ctx: &TcContext) -> Self {
-        Self { skb: ctx.skb.skb, index: Skb::new(ctx).device(), is_own: false }
+        Self { skb: ctx.skb.skb, index: Skb::new(ctx).device(), arrived_by: 0, is_own: false }
     }
 
     /// At egress, where the packet may be one of this node.
     #[inline(always)]
     pub(super) fn leaving(ctx: &TcContext) -> Self {
-        Self { skb: ctx.skb.skb, index: Skb::new(ctx).device(), is_own: Skb::new(ctx).is_own() }
+        let (skb, arrived_by) = (Skb::new(ctx), Skb::new(ctx).arrived_by());
+        Self { skb: ctx.skb.skb, index: skb.device(), arrived_by, is_own: arrived_by == 0 }
     }
 }
 
@@ -92,6 +94,38 @@ impl FlowEntry for Entry {
     }
 }
 
+/// A lane where it lies in its map.
+#[derive(Clone, Copy)]
+pub(super) struct LanePlace(*mut Lane);
+
+// As above; and the element may be another key's by now, which its seal tells. Half of a lane and half of another one of
+// the same key send a packet astray at worst, at a moment when its way changes anyhow.
+impl LaneEntry for LanePlace {
+    #[inline(always)]
+    fn read(&self) -> Lane {
+        // SAFETY: memory of a map that stays readable until the program ends.
+        unsafe { self.0.read_volatile() }
+    }
+
+    #[inline(always)]
+    fn seal(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (&raw const (*self.0).seal).read_volatile() }
+    }
+
+    #[inline(always)]
+    fn write(&self, lane: &Lane) {
+        // SAFETY: as above, and writable.
+        unsafe { self.0.write_volatile(*lane) };
+    }
+
+    #[inline(always)]
+    fn open(&self) {
+        // SAFETY: as above.
+        unsafe { (&raw mut (*self.0).flags).write_volatile(Lane::OPEN) };
+    }
+}
+
 /// One byte of a table of bytes.
 macro_rules! byte {
     ($map:ident, $place:expr) => {{
@@ -139,6 +173,7 @@ fn grow_up(key: &SnatKey, client: &FlowKey) -> bool {
 
 impl PacketTables for Device {
     type Entry = Entry;
+    type Lane = LanePlace;
 
     #[inline(always)]
     fn settings(&self) -> Option<&PacketSettings> {
@@ -302,6 +337,39 @@ impl PacketTables for Device {
     #[inline(always)]
     fn remember_fragment(&self, key: &FragmentKey, ports: &FragmentPorts) {
         remember(&FRAGMENTS, key, ports, BPF_ANY);
+    }
+
+    #[inline(always)]
+    fn fast_path(&self) -> bool {
+        super::is_fast()
+    }
+
+    #[inline(always)]
+    fn epoch(&self) -> u32 {
+        let Some(epoch) = EPOCH.get_ptr(0) else { return 0 };
+        // SAFETY: in bounds; one load.
+        unsafe { epoch.read_volatile() }
+    }
+
+    #[inline(always)]
+    fn arrived_by(&self) -> u32 {
+        self.arrived_by
+    }
+
+    #[inline(always)]
+    fn lane(&self, key: &LaneKey) -> Option<LanePlace> {
+        let lane = LANES.get_ptr_mut(key)?;
+        Some(LanePlace(lane))
+    }
+
+    #[inline(always)]
+    fn put_lane(&self, key: &LaneKey, lane: &Lane) {
+        remember(&LANES, key, lane, BPF_ANY);
+    }
+
+    #[inline(always)]
+    fn close_lane(&self, key: &LaneKey) {
+        let _ = LANES.remove(key);
     }
 
     #[inline(always)]

@@ -31,6 +31,10 @@ pub(crate) struct Unfinished {
 pub(crate) struct Frame {
     pub(crate) bytes: Vec<u8>,
     pub(crate) unfinished: Option<Unfinished>,
+    /// Payload of each packet that it stands for.
+    pub(crate) segment_bytes: u32,
+    /// Whether it has a VLAN tag.
+    pub(crate) tagged: bool,
 }
 
 impl std::fmt::Debug for Frame {
@@ -44,7 +48,7 @@ impl std::fmt::Debug for Frame {
 
 impl Frame {
     pub(crate) fn new(bytes: Vec<u8>) -> Self {
-        Self { bytes, unfinished: None }
+        Self { bytes, unfinished: None, segment_bytes: 0, tagged: false }
     }
 
     /// What a device makes of it that sends it on a wire.
@@ -130,6 +134,21 @@ impl Packet for Frame {
         }
         self.bytes.resize(bytes as usize, 0);
         Some(())
+    }
+
+    /// No device has summed the whole frame.
+    fn change_sum(&mut self, _difference: u32) {}
+
+    fn bytes(&self) -> u32 {
+        u32::try_from(self.bytes.len()).unwrap()
+    }
+
+    fn segment_bytes(&self) -> u32 {
+        self.segment_bytes
+    }
+
+    fn is_tagged(&self) -> bool {
+        self.tagged
     }
 
     /// `bpf_skb_adjust_room`: an unfinished checksum stays where it was, in what moved.

@@ -14,6 +14,7 @@ mod frame;
 mod tables;
 
 mod bystanders;
+mod fast;
 mod flows;
 mod fragments;
 mod icmp;
@@ -28,8 +29,8 @@ use std::cell::Cell;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use proxy_common::abi::{
-    BackendState, Device, Flow, FlowKey, FrontendKind, FrontendValue, Origin, PacketSettings, Port, Prefix,
-    Protocol, WhenEmpty, WhichSet,
+    BackendState, Device, Flow, FlowKey, FrontendKind, FrontendValue, Lane, Origin, PacketSettings, Port,
+    Prefix, Protocol, WhenEmpty, WhichSet,
 };
 use proxy_common::decide::Peer;
 use proxy_common::decide::packet::{self, Decision, Headers, L2_BYTES, Verdict};

@@ -6,11 +6,11 @@ use std::net::IpAddr;
 
 use proxy_common::abi::{
     Address, AffinityEntry, AffinityKey, Backend, DatagramFlow, DatagramKey, DatagramOrigin, Device, Flow,
-    FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Outcome, PacketSettings, Port, Prefix,
-    ServiceId, Slot, SnatKey,
+    FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Lane, LaneKey, Outcome, PacketSettings, Port,
+    Prefix, ServiceId, Slot, SnatKey,
 };
 use proxy_common::decide::Tables;
-use proxy_common::decide::packet::{self, FlowEntry, PacketTables, Route};
+use proxy_common::decide::packet::{self, FlowEntry, LaneEntry, PacketTables, Route};
 
 use super::Lab;
 
@@ -36,6 +36,12 @@ pub(crate) struct Maps {
     pub(crate) grown: Flows,
     pub(crate) young_snat: RefCell<BTreeMap<SnatKey, FlowKey>>,
     pub(crate) grown_snat: RefCell<BTreeMap<SnatKey, FlowKey>>,
+    /// Whether packets may skip the stack.
+    pub(crate) fast: bool,
+    pub(crate) epoch: Cell<u32>,
+    /// By which device the next packet that leaves came in.
+    pub(crate) arrived_by: Cell<u32>,
+    pub(crate) lanes: RefCell<BTreeMap<LaneKey, LanePlace>>,
     pub(crate) fragments: RefCell<BTreeMap<FragmentKey, FragmentPorts>>,
     flow_filter: RefCell<BTreeSet<(Address, Port)>>,
     snat_filter: RefCell<BTreeSet<Port>>,
@@ -59,6 +65,10 @@ impl Maps {
             grown: Flows::default(),
             young_snat: RefCell::default(),
             grown_snat: RefCell::default(),
+            fast: false,
+            epoch: Cell::new(1),
+            arrived_by: Cell::new(DEVICE),
+            lanes: RefCell::default(),
             fragments: RefCell::default(),
             flow_filter: RefCell::default(),
             snat_filter: RefCell::default(),
@@ -164,8 +174,31 @@ impl FlowEntry for Entry {
     }
 }
 
+/// A lane where it lies.
+#[derive(Clone, Copy)]
+pub(crate) struct LanePlace(&'static Cell<Lane>);
+
+impl LaneEntry for LanePlace {
+    fn read(&self) -> Lane {
+        self.0.get()
+    }
+
+    fn seal(&self) -> u32 {
+        self.0.get().seal
+    }
+
+    fn write(&self, lane: &Lane) {
+        self.0.set(*lane);
+    }
+
+    fn open(&self) {
+        self.0.set(Lane { flags: Lane::OPEN, ..self.0.get() });
+    }
+}
+
 impl PacketTables for Maps {
     type Entry = Entry;
+    type Lane = LanePlace;
 
     fn settings(&self) -> Option<&PacketSettings> {
         self.settings.as_ref()
@@ -277,6 +310,30 @@ impl PacketTables for Maps {
 
     fn remember_fragment(&self, key: &FragmentKey, ports: &FragmentPorts) {
         self.fragments.borrow_mut().insert(*key, *ports);
+    }
+
+    fn fast_path(&self) -> bool {
+        self.fast
+    }
+
+    fn epoch(&self) -> u32 {
+        self.epoch.get()
+    }
+
+    fn arrived_by(&self) -> u32 {
+        self.arrived_by.get()
+    }
+
+    fn lane(&self, key: &LaneKey) -> Option<LanePlace> {
+        self.lanes.borrow().get(key).copied()
+    }
+
+    fn put_lane(&self, key: &LaneKey, lane: &Lane) {
+        self.lanes.borrow_mut().insert(*key, LanePlace(Box::leak(Box::new(Cell::new(*lane)))));
+    }
+
+    fn close_lane(&self, key: &LaneKey) {
+        self.lanes.borrow_mut().remove(key);
     }
 
     fn count(&self, outcome: Outcome) {

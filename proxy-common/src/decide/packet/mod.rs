@@ -10,6 +10,7 @@
 mod bystander;
 mod checksum;
 mod egress;
+mod fast;
 mod flow;
 mod headers;
 mod icmp;
@@ -20,6 +21,7 @@ mod refuse;
 
 pub use bystander::{passes_in, passes_out};
 pub use egress::{egress, give_way, other_port, replace_source};
+pub use fast::{accept, ask, fast};
 pub use flow::claim_port;
 pub use headers::{Headers, L2_BYTES, parse};
 pub use icmp::{icmp_egress, icmp_ingress, icmp_other_port};
@@ -30,8 +32,8 @@ pub use refuse::refuse;
 
 use super::Tables;
 use crate::abi::{
-    Address, Device, Flow, FlowKey, FragmentKey, FragmentPorts, Outcome, PacketSettings, Port, ServiceId,
-    SnatKey,
+    Address, Device, Flow, FlowKey, FragmentKey, FragmentPorts, Lane, LaneKey, Outcome, PacketSettings, Port,
+    ServiceId, SnatKey,
 };
 
 /// Which part of a transport checksum a change belongs to.
@@ -62,6 +64,14 @@ pub trait Packet {
     fn fix_checksum(&mut self, at: u32, difference: u32, covers: Covers, zero_is_none: bool) -> Option<()>;
     /// Cuts the frame, or fills it up with zeros, to this many bytes.
     fn resize(&mut self, bytes: u32) -> Option<()>;
+    /// Says that the sum over the whole packet has changed by a ones'-complement difference that no checksum in it takes up.
+    fn change_sum(&mut self, difference: u32);
+    /// Bytes of the frame.
+    fn bytes(&self) -> u32;
+    /// Payload of each of the packets that the frame stands for; 0: it is one.
+    fn segment_bytes(&self) -> u32;
+    /// Whether a VLAN tag lies beside it.
+    fn is_tagged(&self) -> bool;
     /// Makes room between the Ethernet header and what follows it.
     fn insert_after_l2(&mut self, bytes: u32) -> Option<()>;
 }
@@ -82,10 +92,24 @@ pub trait FlowEntry: Copy {
     fn replace(&self, flow: &Flow);
 }
 
+/// A lane in its table.
+pub trait LaneEntry: Copy {
+    /// As it is now; other packets may change it at any time, or give it to another key.
+    fn read(&self) -> Lane;
+    /// Its seal, read after whatever was read before.
+    fn seal(&self) -> u32;
+    /// Another content.
+    fn write(&self, lane: &Lane);
+    /// Sets [`Lane::OPEN`].
+    fn open(&self);
+}
+
 /// What the packet path reads and remembers besides [`Tables`].
 pub trait PacketTables: Tables {
     /// A flow in `FLOWS` or `YOUNG_FLOWS`.
     type Entry: FlowEntry;
+    /// A lane in `LANES`.
+    type Lane: LaneEntry;
 
     /// `PACKET_SETTINGS`; `None` before the agent has written any.
     fn settings(&self) -> Option<&PacketSettings>;
@@ -130,6 +154,18 @@ pub trait PacketTables: Tables {
     fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts>;
     /// `FRAGMENTS`: best effort.
     fn remember_fragment(&self, key: &FragmentKey, ports: &FragmentPorts);
+    /// Whether there is a fast path at all.
+    fn fast_path(&self) -> bool;
+    /// `EPOCH`; 0: nothing may skip the stack.
+    fn epoch(&self) -> u32;
+    /// The interface that the packet came in by; 0: by none.
+    fn arrived_by(&self) -> u32;
+    /// `LANES`.
+    fn lane(&self, key: &LaneKey) -> Option<Self::Lane>;
+    /// `LANES`: best effort.
+    fn put_lane(&self, key: &LaneKey, lane: &Lane);
+    /// `LANES`: it is not there any more.
+    fn close_lane(&self, key: &LaneKey);
     /// Counts a way out.
     fn count(&self, outcome: Outcome);
 }
