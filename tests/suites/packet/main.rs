@@ -6,6 +6,7 @@
 mod any_frames;
 mod bare;
 mod devices;
+mod fast;
 mod flood;
 mod flows;
 mod frames;

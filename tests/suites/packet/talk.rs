@@ -107,6 +107,32 @@ impl Talk {
         self.stream.local_addr().unwrap()
     }
 
+    /// How long an answer may take.
+    pub(crate) fn patience(&self, patience: Duration) {
+        self.stream.set_read_timeout(Some(patience)).unwrap();
+    }
+
+    /// [`Self::echo`] in long pieces, which travel as few frames where devices cut them; whole ones only.
+    pub(crate) fn stream(&mut self, bytes: usize) -> std::io::Result<()> {
+        let piece: Vec<u8> = (0..1 << 15).map(|index| u8::try_from(index * 7 % 251).unwrap()).collect();
+        let mut back = vec![0; piece.len()];
+        for _ in 0..bytes / piece.len() {
+            self.stream.write_all(&piece)?;
+            self.stream.read_exact(&mut back)?;
+            assert!(back == piece, "the echo is another");
+        }
+        Ok(())
+    }
+
+    /// Says that nothing more is sent, and hears that from the server.
+    pub(crate) fn ends(mut self) -> std::io::Result<()> {
+        self.stream.shutdown(std::net::Shutdown::Write)?;
+        match self.stream.read(&mut [0])? {
+            0 => Ok(()),
+            more => panic!("{more} bytes at the end"),
+        }
+    }
+
     /// Sends so many bytes and has them back; in pieces that fit the server's buffer.
     pub(crate) fn echo(&mut self, bytes: usize) -> std::io::Result<()> {
         let mut left = bytes;
