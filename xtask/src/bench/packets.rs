@@ -98,17 +98,21 @@ impl Node {
 const FORWARD: &str = "forward";
 const FORWARD_TRACKED: &str = "forward, tracked";
 const SHEAVE_TRACKED: &str = "sheave, tracked";
+const FAST: &str = "fast path";
+const FAST_TRACKED: &str = "fast path, tracked";
 
 /// Ways of a packet: the node, and what leads it. The first is what the others are compared with.
-const ARMS: [(&str, usize, To); 9] = [
+const ARMS: [(&str, usize, To); 11] = [
     (FORWARD, 0, To::Backend),
     (FORWARD_TRACKED, 1, To::Backend),
     ("bare redirect", 2, To::Backend),
     (SHEAVE, 3, To::Service),
     (SHEAVE_TRACKED, 4, To::Service),
+    (FAST, 7, To::Service),
+    (FAST_TRACKED, 8, To::Service),
     ("bystander", 6, To::Backend),
-    (NFTABLES, 7, To::Service),
-    (IPTABLES, 8, To::Service),
+    (NFTABLES, 9, To::Service),
+    (IPTABLES, 10, To::Service),
     (AGAIN, 5, To::Backend),
 ];
 
@@ -126,19 +130,24 @@ pub(crate) fn measure(services: u32, alone: bool, effort: &Effort, report: &mut 
     let hub = if alone { None } else { Some(Hub::new(&scale)?) };
     let nodes = nodes(scale, hub.as_ref())?;
     for (flows, name, at_most) in [
-        (Flows::Known, "known flow", [1.0 / 0.9, 1.0 / 1.5, 1.0 / 1.25]),
-        (Flows::New, "new flow", [f64::NAN, 1.0 / 3.0, 1.0 / 1.5]),
+        (Flows::Known, "known flow", [1.0 / 0.9, 1.0 / 1.5, 1.0 / 1.25, 1.0, 1.0 / 1.7]),
+        (Flows::New, "new flow", [f64::NAN, 1.0 / 3.0, 1.0 / 1.5, f64::NAN, f64::NAN]),
     ] {
         for (replaced, how) in [(false, ""), (true, ", source replaced")] {
             let name = format!("packet of a {name}{how}");
             let row =
                 still(&nodes, hub.as_ref(), || one(&nodes, scale, flows, replaced, &name, effort, report))?;
             let mut row = row.with_context(|| name.clone())?;
-            let [forward, peer, tracked] = at_most.map(|ratio| Some(ratio).filter(|ratio| !ratio.is_nan()));
+            let [forward, peer, tracked, fast, fast_peer] =
+                at_most.map(|ratio| Some(ratio).filter(|ratio| !ratio.is_nan()));
             let goal = |arm, to, at_most| Goal { arm, to, at_most };
             row.compare(&[
                 goal(SHEAVE, FORWARD, forward),
                 goal(SHEAVE_TRACKED, FORWARD_TRACKED, forward),
+                goal(FAST, FORWARD, fast),
+                goal(FAST_TRACKED, FORWARD, fast),
+                goal(FAST, NFTABLES, fast_peer),
+                goal(FAST, IPTABLES, fast_peer),
                 goal(SHEAVE, NFTABLES, peer),
                 goal(SHEAVE, IPTABLES, peer),
                 goal(SHEAVE_TRACKED, NFTABLES, tracked),
@@ -152,13 +161,14 @@ pub(crate) fn measure(services: u32, alone: bool, effort: &Effort, report: &mut 
 
 fn nodes(scale: Scale, hub: Option<&Hub>) -> Result<Vec<Node>> {
     let plain = |guarded, redirects| Node::new(Proxy::Nobody(World::new(scale)?), guarded, redirects);
-    let ours = |guarded| {
+    let with = |guarded, arguments: &[&str]| {
         go_on()?;
         let mut world = World::new(scale)?;
         world.write_manifests()?;
-        world.start_agent()?;
+        world.start_agent_with(arguments)?;
         Node::new(Proxy::Sheave(world), guarded, false)
     };
+    let ours = |guarded| with(guarded, &[]);
     let mut nodes = vec![
         plain(false, false)?,
         plain(true, false)?,
@@ -168,6 +178,8 @@ fn nodes(scale: Scale, hub: Option<&Hub>) -> Result<Vec<Node>> {
         plain(false, false)?,
         // For whoever uses no Service. Where the same senders do as well, their ports are known and looked up.
         ours(false)?,
+        with(false, &["--fast-path"])?,
+        with(true, &["--fast-path"])?,
     ];
     for (hub, number, mode) in
         hub.into_iter().flat_map(|hub| [(hub, 1, Mode::Nftables), (hub, 2, Mode::Iptables)])

@@ -124,16 +124,25 @@ impl World {
 
     /// Starts the agent, and waits until it has synced; returns how long that took.
     pub(crate) fn start_agent(&mut self) -> Result<Duration> {
+        self.start_agent_with(&[])
+    }
+
+    /// [`Self::start_agent`] with more arguments.
+    pub(crate) fn start_agent_with(&mut self, arguments: &[&str]) -> Result<Duration> {
         let started = Instant::now();
-        self.spawn_agent()?;
+        self.spawn_agent_with(arguments)?;
         self.await_agent()?;
         Ok(started.elapsed())
     }
 
     /// Starts the agent.
     pub(crate) fn spawn_agent(&mut self) -> Result<()> {
-        let agent = Agent::spawn(&self.lab, self.lab.node(0)?, &["--cluster-cidr", CLUSTER_CIDR])?;
-        self.agent = Some(agent);
+        self.spawn_agent_with(&[])
+    }
+
+    fn spawn_agent_with(&mut self, arguments: &[&str]) -> Result<()> {
+        let all = [&["--cluster-cidr", CLUSTER_CIDR], arguments].concat();
+        self.agent = Some(Agent::spawn(&self.lab, self.lab.node(0)?, &all)?);
         Ok(())
     }
 
