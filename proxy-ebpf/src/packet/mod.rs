@@ -174,9 +174,20 @@ pub(crate) fn fast(ctx: &TcContext) -> i32 {
 }
 
 /// Comes before [`egress`] for what [`fast`] asked for. Hooks that come later see another device.
+///
+/// No step of its own: its stack is nearly all that kernels before 6.9 give a program with all that it calls.
 pub(crate) fn accept(ctx: &TcContext) -> i32 {
-    packet_accept(ctx.skb.skb);
-    Skb::new(ctx).set_hint(0);
+    let skb = Skb::new(ctx);
+    let v6 = match skb.protocol() {
+        IPV4 => Some(false),
+        IPV6 => Some(true),
+        _ => None,
+    };
+    if let Some(v6) = v6 {
+        skb.pull();
+        let _ = decide::accept(&skb, &Device::leaving(ctx), v6);
+    }
+    skb.set_hint(0);
     // SAFETY: as above.
     unsafe { PACKET_PROGRAMS.tail_call(ctx, EGRESS) };
     NEXT
@@ -294,21 +305,6 @@ extern "C" fn packet_ask(skb: *mut __sk_buff) -> u32 {
         _ => return 0,
     };
     decide::ask(&packet, &Device::of(&ctx), v6) as u32
-}
-
-/// Not 0: it was learned of.
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn packet_accept(skb: *mut __sk_buff) -> u32 {
-    let ctx = TcContext::new(skb);
-    let packet = Skb::new(&ctx);
-    let v6 = match packet.protocol() {
-        IPV4 => false,
-        IPV6 => true,
-        _ => return 0,
-    };
-    packet.pull();
-    decide::accept(&packet, &Device::leaving(&ctx), v6).is_some() as u32
 }
 
 /// Reads the headers into `HEADERS`.
