@@ -64,9 +64,9 @@ struct PacketArgs {
     /// Let connections that the node's network stack has accepted in both directions skip it afterwards. Costs: netfilter
     /// sees one packet of each direction a second, and those that begin and end a connection, so whatever counts, limits,
     /// logs or marks packets sees those only; rules against a connection that runs take hold at once in nftables, within a
-    /// second in iptables and ipsets, and without an agent routes and devices too; a CNI's programs at ingress of a device, after these, do not run, those at egress do.
-    /// Sets net.netfilter.nf_conntrack_tcp_be_liberal to 1, and leaves it so: connection tracking would take what it has
-    /// not seen grow for invalid.
+    /// second in iptables and ipsets, and without an agent routes and devices too; a CNI's programs at ingress of a device,
+    /// after these, do not run, those at egress do. Sets net.netfilter.nf_conntrack_tcp_be_liberal to 1, and leaves it so:
+    /// connection tracking would take what it has not seen grow for invalid.
     #[arg(long)]
     fast_path: bool,
     /// How often the tables of connections are looked through.

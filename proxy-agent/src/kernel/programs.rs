@@ -307,8 +307,8 @@ pub fn load(program: &mut Program, name: &'static str) -> Result<(), Error> {
     hook(program, name)?.load().map_err(load)
 }
 
-/// Loads [`CLASSIFIERS`], [`CONTINUATIONS`] and, if told so, [`FAST_PATH`]. From here on the hooks of a former run go on with these; both versions find
-/// the same packets in the same tables.
+/// Loads [`CLASSIFIERS`], [`CONTINUATIONS`] and, if told so, [`FAST_PATH`]. From here on the hooks of a former run go on
+/// with these; both versions find the same packets in the same tables.
 fn load_classifiers(ebpf: &mut Ebpf, fast_path: bool) -> Result<(), Error> {
     let map_error = |source| Error::Map { map: PACKET_PROGRAMS, source };
     let fast: &[_] = if fast_path { &FAST_PATH } else { &[] };
