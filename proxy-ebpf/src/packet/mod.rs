@@ -29,10 +29,6 @@ const NEXT: i32 = -1;
 /// `TCX_DROP`, `TC_ACT_SHOT`.
 const DROP: i32 = 2;
 
-/// `ETH_P_IP`, `ETH_P_IPV6` in network order.
-const IPV4: u32 = 0x0800_u16.to_be() as u32;
-const IPV6: u32 = 0x86dd_u16.to_be() as u32;
-
 /// What ingress leaves in `tc_index` for egress: the packet has all that it needs. Every ingress hook says anew what holds,
 /// and a program of somebody else that changes it costs a look-up, no more.
 const SETTLED: u32 = 0x5ea1;
@@ -116,11 +112,7 @@ pub(crate) fn watch_bare_egress(ctx: &TcContext) -> i32 {
 /// Whether it is an IP packet that does not certainly pass.
 #[inline(always)]
 fn is_ours(skb: &Skb<'_>, passes: impl Fn(bool) -> bool) -> bool {
-    match skb.protocol() {
-        IPV4 => !passes(false),
-        IPV6 => !passes(true),
-        _ => false,
-    }
+    skb.is_v6().is_some_and(|v6| !passes(v6))
 }
 
 // Every step is a global function, which the verifier walks once and by itself. Inlined, or as functions of this object
@@ -178,12 +170,7 @@ pub(crate) fn fast(ctx: &TcContext) -> i32 {
 /// No step of its own: its stack is nearly all that kernels before 6.9 give a program with all that it calls.
 pub(crate) fn accept(ctx: &TcContext) -> i32 {
     let skb = Skb::new(ctx);
-    let v6 = match skb.protocol() {
-        IPV4 => Some(false),
-        IPV6 => Some(true),
-        _ => None,
-    };
-    if let Some(v6) = v6 {
+    if let Some(v6) = skb.is_v6() {
         skb.pull();
         let _ = decide::accept(&skb, &Device::leaving(ctx), v6);
     }
@@ -277,11 +264,7 @@ const BRIDGE_SETTLED: i32 = 1 << 28;
 extern "C" fn packet_fast(skb: *mut __sk_buff) -> u32 {
     let ctx = TcContext::new(skb);
     let mut packet = Skb::new(&ctx);
-    let v6 = match packet.protocol() {
-        IPV4 => false,
-        IPV6 => true,
-        _ => return 0,
-    };
+    let Some(v6) = packet.is_v6() else { return 0 };
     packet.pull();
     match decide::fast(&mut packet, &Device::of(&ctx), v6) {
         None => 0,
@@ -299,11 +282,7 @@ const NOWHERE: u32 = u32::MAX;
 extern "C" fn packet_ask(skb: *mut __sk_buff) -> u32 {
     let ctx = TcContext::new(skb);
     let packet = Skb::new(&ctx);
-    let v6 = match packet.protocol() {
-        IPV4 => false,
-        IPV6 => true,
-        _ => return 0,
-    };
+    let Some(v6) = packet.is_v6() else { return 0 };
     decide::ask(&packet, &Device::of(&ctx), v6) as u32
 }
 
@@ -313,11 +292,7 @@ extern "C" fn packet_ask(skb: *mut __sk_buff) -> u32 {
 extern "C" fn packet_parse(skb: *mut __sk_buff) -> i32 {
     let ctx = TcContext::new(skb);
     let skb = Skb::new(&ctx);
-    let v6 = match skb.protocol() {
-        IPV4 => false,
-        IPV6 => true,
-        _ => return NOTHING,
-    };
+    let Some(v6) = skb.is_v6() else { return NOTHING };
     skb.pull();
     let Some(headers) = decide::parse(&skb, L2_BYTES, v6) else { return NOTHING };
     let Some(stored) = HEADERS.get_ptr_mut(0) else { return NOTHING };

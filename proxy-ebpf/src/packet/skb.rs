@@ -15,6 +15,9 @@ use proxy_common::decide::packet::{Covers, L2_BYTES, Packet};
 /// `BPF_F_PSEUDO_HDR`, `BPF_F_MARK_MANGLED_0`.
 const PSEUDO_HEADER: u64 = 1 << 4;
 const ZERO_IS_NONE: u64 = 1 << 5;
+/// `ETH_P_IP`, `ETH_P_IPV6` in network order.
+const IPV4: u32 = 0x0800_u16.to_be() as u32;
+const IPV6: u32 = 0x86dd_u16.to_be() as u32;
 /// `BPF_ADJ_ROOM_MAC`.
 const AFTER_L2: u32 = 1;
 
@@ -36,9 +39,19 @@ impl<'a> Skb<'a> {
         self.0.skb.skb
     }
 
+    /// Whether it is IPv6, else IPv4; `None`: neither.
+    #[inline(always)]
+    pub(super) fn is_v6(&self) -> Option<bool> {
+        match self.protocol() {
+            IPV4 => Some(false),
+            IPV6 => Some(true),
+            _ => None,
+        }
+    }
+
     /// Ethernet type, network order.
     #[inline(always)]
-    pub(super) fn protocol(&self) -> u32 {
+    fn protocol(&self) -> u32 {
         // SAFETY: the kernel gives a valid context; the verifier checks the offset.
         unsafe { (&raw const (*self.raw()).protocol).read_volatile() }
     }

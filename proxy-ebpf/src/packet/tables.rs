@@ -42,7 +42,8 @@ impl Device {
     /// At egress, where the packet may be one of this node.
     #[inline(always)]
     pub(super) fn leaving(ctx: &TcContext) -> Self {
-        let (skb, arrived_by) = (Skb::new(ctx), Skb::new(ctx).arrived_by());
+        let skb = Skb::new(ctx);
+        let arrived_by = skb.arrived_by();
         Self { skb: ctx.skb.skb, index: skb.device(), arrived_by, is_own: arrived_by == 0 }
     }
 }

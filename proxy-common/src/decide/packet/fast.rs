@@ -18,7 +18,7 @@
 
 use super::checksum::{add, adjusted, replaced};
 use super::flow::find;
-use super::headers::{FIN, RST, SYN};
+use super::headers::{FIN, RST, SYN, ip_bytes};
 use super::ingress::find_dialled;
 use super::nat::{Side, checksum_at, store_address};
 use super::{Covers, FlowEntry, Headers, L2_BYTES, LaneEntry, Packet, PacketTables};
@@ -89,12 +89,6 @@ fn usual(packet: &impl Packet, v6: bool) -> Option<Headers> {
         source,
         destination,
     })
-}
-
-/// Bytes of an IP header without options.
-#[inline(always)]
-const fn ip_bytes(v6: bool) -> u32 {
-    if v6 { 40 } else { 20 }
 }
 
 /// Whether such a packet begins or ends a connection.

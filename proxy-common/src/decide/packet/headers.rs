@@ -5,6 +5,12 @@ use crate::decide::Peer;
 /// Bytes of the Ethernet header. A VLAN tag is not in the frame but beside it.
 pub const L2_BYTES: u32 = 14;
 
+/// Bytes of an IP header without options or extensions.
+#[inline(always)]
+pub(super) const fn ip_bytes(v6: bool) -> u32 {
+    if v6 { 40 } else { 20 }
+}
+
 /// IP protocol numbers that are no [`Protocol`] of Services.
 pub(super) const ICMP: u8 = 1;
 pub(super) const ICMPV6: u8 = 58;

@@ -4,12 +4,12 @@
 use core::hint::black_box;
 
 use super::checksum::{add, fold, replaced};
-use super::headers::{ACK, FIN, ICMP, ICMPV6, RST, SYN};
+use super::headers::{ACK, FIN, ICMP, ICMPV6, RST, SYN, ip_bytes};
 use super::{Covers, Headers, L2_BYTES, Packet};
 use crate::abi::{Address, Protocol};
 
-const V4_BYTES: u32 = 20;
-const V6_BYTES: u32 = 40;
+const V4_BYTES: u32 = ip_bytes(false);
+const V6_BYTES: u32 = ip_bytes(true);
 const TCP_BYTES: u32 = 20;
 const ICMP_BYTES: u32 = 8;
 /// Of the refused packet's transport header.
@@ -66,7 +66,7 @@ const fn word(number: u32) -> u32 {
 fn reset(packet: &mut impl Packet, headers: &Headers) -> Option<()> {
     let l4 = headers.l4;
     let flags = headers.tcp_flags;
-    if flags & RST != 0 || l4 != L2_BYTES + if headers.v6 { V6_BYTES } else { V4_BYTES } {
+    if flags & RST != 0 || l4 != L2_BYTES + ip_bytes(headers.v6) {
         return None;
     }
     let header_bytes = (packet.load8(l4 + 12)? as u32 >> 4) * 4;
@@ -152,7 +152,7 @@ fn quote_to_finish(packet: &mut impl Packet, headers: &Headers) -> Option<u32> {
 /// RFC 1122, 3.2.2.1 and RFC 4443, 3.1.
 #[inline(always)]
 fn unreachable(packet: &mut impl Packet, headers: &Headers) -> Option<()> {
-    let ip_bytes = if headers.v6 { V6_BYTES } else { V4_BYTES };
+    let ip_bytes = ip_bytes(headers.v6);
     // Neither IPv4 options nor IPv6 extension headers: rare, and the quote would need another length.
     if headers.l4 != L2_BYTES + ip_bytes {
         return None;
