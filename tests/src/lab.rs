@@ -194,6 +194,12 @@ impl Node {
         &self.directory
     }
 
+    /// Where its agent pins what stays in the kernel.
+    #[must_use]
+    pub fn bpffs(&self) -> PathBuf {
+        self.directory.join("bpffs")
+    }
+
     /// What its pods' IPv4 addresses have in common.
     #[must_use]
     pub fn pod_cidr_v4(&self) -> String {

@@ -19,5 +19,6 @@ pub mod measure;
 pub mod netns;
 pub mod nodes;
 pub mod protocol;
+pub mod random;
 pub mod scene;
 pub mod server;

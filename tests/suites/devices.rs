@@ -52,7 +52,7 @@ fn index(netns: &Netns, device: &str) -> Result<u32> {
 }
 
 fn pins(node: &Node) -> Pins {
-    Pins::new(node.directory().join("bpffs"))
+    Pins::new(node.bpffs())
 }
 
 /// Indices of devices with a pin.

@@ -103,7 +103,7 @@ fn q5_without_larger_tables_what_fits_is_served() {
     let client = scene.pod(0).unwrap().client().unwrap();
     let dial = |number| Dial::new(at(&vip(number), 80).unwrap()).timeout(Duration::from_secs(2));
     // A mount point cannot be removed, so the next generation cannot be made.
-    let next = Pins::new(scene.node().unwrap().directory().join("bpffs")).filling(1);
+    let next = Pins::new(scene.node().unwrap().bpffs()).filling(1);
     fs::create_dir(&next).unwrap();
     mount(Some("bpf"), &next, Some("bpf"), MsFlags::empty(), None::<&str>).unwrap();
     for number in 2..=MANY {
@@ -140,7 +140,7 @@ fn q2_what_is_attached_is_adopted_although_older_tables_are_left() {
         scene.lab().manifests().write(&format!("svc-{number}"), &sticky(&scene, number)).unwrap();
     }
     // A mount point cannot be removed: that ends the agent, right after it attached.
-    let pins = Pins::new(scene.node().unwrap().directory().join("bpffs"));
+    let pins = Pins::new(scene.node().unwrap().bpffs());
     let old = pins.tables(0).join("in-the-way");
     fs::create_dir(&old).unwrap();
     mount(Some("bpf"), &old, Some("bpf"), MsFlags::empty(), None::<&str>).unwrap();

@@ -231,7 +231,7 @@ fn nothing_is_left() {
     let _server = node.pod(0).unwrap().serve(80).unwrap();
     let client = node.pod(1).unwrap().client().unwrap();
     // As the agent does.
-    let bpffs = node.directory().join("bpffs");
+    let bpffs = node.bpffs();
     fs::create_dir(&bpffs).unwrap();
     nix::mount::mount(Some("bpf"), &bpffs, Some("bpf"), nix::mount::MsFlags::empty(), None::<&str>).unwrap();
 

@@ -8,8 +8,8 @@
 )]
 
 use sheave_tests::nodes::{
-    Guard, Layout, World,
-    matrix::{self, Detection, Settings, cases, objects},
+    Guard, Layout,
+    matrix::{self, Detection, Settings},
 };
 
 fn flags(settings: Settings) -> Vec<&'static str> {
@@ -42,14 +42,7 @@ fn holds(layout: Layout, settings: Settings, nodes: &[usize]) {
 
 /// With more arguments for the agents.
 fn holds_with(more: &[&'static str], layout: Layout, settings: Settings, nodes: &[usize]) {
-    let mut world = World::new(layout).unwrap();
-    world.serve().unwrap();
-    world.manifests().write("matrix", &objects(&world).unwrap()).unwrap();
-    for node in nodes {
-        world.start_agent(*node, &[&flags(settings)[..], more].concat()).unwrap();
-    }
-    world.settle().unwrap();
-    let table = matrix::run(&world, &cases(), settings).unwrap();
+    let table = matrix::hold(layout, settings, &[&flags(settings)[..], more].concat(), nodes).unwrap();
     println!("{layout} {settings:?}, agents on {nodes:?} {more:?}\n{table}");
     assert_eq!(table.wrong(), 0, "of {}:\n{}", table.total(), table.failures());
 }

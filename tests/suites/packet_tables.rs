@@ -41,7 +41,7 @@ fn ip(text: &str) -> IpAddr {
 }
 
 fn pins(scene: &Scene) -> Pins {
-    Pins::new(scene.node().unwrap().directory().join("bpffs"))
+    Pins::new(scene.node().unwrap().bpffs())
 }
 
 fn settings(scene: &Scene) -> PacketSettings {

@@ -280,7 +280,7 @@ fn b9_hairpin() {
 
 /// Where sockets of the node remember what they dialled.
 fn places(scene: &Scene) -> Array<MapData, SocketPlace> {
-    let pins = Pins::new(scene.node().unwrap().directory().join("bpffs"));
+    let pins = Pins::new(scene.node().unwrap().bpffs());
     let map = Map::from_map_data(open_pinned(&pins.state(), "SOCKET_PLACES").unwrap()).unwrap();
     map.try_into().unwrap()
 }

@@ -19,6 +19,7 @@ use sheave_tests::{
     lab::{Node, Place},
     manifests::{Object, service},
     protocol::{Dial, LoopSpec, Record, Transport},
+    random::Random,
     scene::{Scene, TARGET, at, slices},
 };
 
@@ -30,7 +31,7 @@ const LASTS: Duration = Duration::from_secs(10);
 const CHANGES_AT_LEAST: usize = 2000;
 
 /// So many changes are written in a row before anybody waits for the kernel to have them.
-const BURST_MAX: u64 = 12;
+const BURST_MAX: usize = 12;
 
 /// Between two attempts of a loop: the agent shall get a processor too.
 const PAUSE: Duration = Duration::from_millis(2);
@@ -38,32 +39,11 @@ const PAUSE: Duration = Duration::from_millis(2);
 /// What may come of an attempt.
 const REFUSED: &str = "ECONNREFUSED";
 
-/// Numbers that repeat: xorshift64.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
-
-    /// Some of the pods, by number; possibly none.
-    fn some(&mut self, pods: &[usize]) -> Vec<usize> {
-        let mask = self.below(1 << pods.len());
-        pods.iter().enumerate().filter(|(bit, _)| mask & (1 << bit) != 0).map(|(_, pod)| *pod).collect()
-    }
-
-    /// Some of the pods, at least one.
-    fn one_or_more(&mut self, pods: &[usize]) -> Vec<usize> {
-        loop {
-            let some = self.some(pods);
-            if !some.is_empty() {
-                return some;
-            }
-        }
-    }
+/// Some of the pods, by number; at least one.
+fn one_or_more(random: &mut Random, pods: &[usize]) -> Vec<usize> {
+    // Each bit is a pod, and none is no choice.
+    let mask = 1 + random.below((1 << pods.len()) - 1);
+    pods.iter().enumerate().filter(|(bit, _)| mask & (1 << bit) != 0).map(|(_, pod)| *pod).collect()
 }
 
 /// What an attempt may find: names, or a refusal.
@@ -177,7 +157,7 @@ impl Stage<'_> {
 
     /// Its set is never empty, so nobody is ever refused; TCP and UDP.
     fn steady(&mut self) {
-        let pods = self.random.one_or_more(&[0, 1, 2, 3, 4, 5]);
+        let pods = one_or_more(&mut self.random, &[0, 1, 2, 3, 4, 5]);
         let web = service("steady", &["10.96.1.1", "fd00:10:96::101"])
             .port("http", "TCP", 80, TARGET)
             .port("dns", "UDP", 80, TARGET);
@@ -189,7 +169,8 @@ impl Stage<'_> {
 
     /// Its set is often empty.
     fn blinking(&mut self) {
-        let pods = if self.random.below(2) == 0 { Vec::new() } else { self.random.one_or_more(&[0, 2, 4]) };
+        let pods =
+            if self.random.below(2) == 0 { Vec::new() } else { one_or_more(&mut self.random, &[0, 2, 4]) };
         let web = service("blinking", &["10.96.1.2", "fd00:10:96::102"]).port("http", "TCP", 80, TARGET);
         let objects = self.serving(web, "blinking", "http", &pods);
         self.tracks[BLINKING].begin(0, vec![or_refused(&pods)]);
@@ -199,7 +180,8 @@ impl Stage<'_> {
     /// S13: an external IP goes from one Service to the other; it is never missing.
     fn moving(&mut self) {
         let first_has_it = self.random.below(2) == 0;
-        let (first, second) = (self.random.one_or_more(&[0, 1, 2]), self.random.one_or_more(&[3, 4, 5]));
+        let (first, second) =
+            (one_or_more(&mut self.random, &[0, 1, 2]), one_or_more(&mut self.random, &[3, 4, 5]));
         let owner = |service: Object, has_it: bool| {
             if has_it { service.push("spec.externalIPs", "203.0.113.1") } else { service }
         };
@@ -215,7 +197,7 @@ impl Stage<'_> {
     fn renamed(&mut self) {
         self.renamed = !self.renamed;
         let name = if self.renamed { "new" } else { "old" };
-        let pods = self.random.one_or_more(if self.renamed { &[0, 1, 2] } else { &[3, 4, 5] });
+        let pods = one_or_more(&mut self.random, if self.renamed { &[0, 1, 2] } else { &[3, 4, 5] });
         let web = service("renamed", &["10.96.1.5", "fd00:10:96::105"]).port(name, "TCP", 80, TARGET);
         let objects = self.serving(web, "renamed", name, &pods);
         self.tracks[RENAMED].begin(0, vec![pod_names(&pods)]);
@@ -224,8 +206,8 @@ impl Stage<'_> {
 
     /// S13: a Service is deleted and another one has its cluster IP, in one batch.
     fn replaced(&mut self) {
-        let name = ["red", "green", "blue"][usize::try_from(self.random.below(3)).unwrap()];
-        let pods = self.random.one_or_more(&[0, 1, 2, 3]);
+        let name = ["red", "green", "blue"][self.random.below(3)];
+        let pods = one_or_more(&mut self.random, &[0, 1, 2, 3]);
         let web = service(name, &["10.96.1.6"]).port("http", "TCP", 80, TARGET);
         let objects = self.serving(web, name, "http", &pods);
         self.tracks[REPLACED].begin(0, vec![pod_names(&pods)]);
@@ -265,7 +247,7 @@ fn q4_s13_nobody_sees_half_a_change() {
     ];
     let mut stage = Stage {
         scene: &scene,
-        random: Random(seed),
+        random: Random::new(seed),
         renamed: false,
         tracks: [
             Track::new("steady", steady),

@@ -307,7 +307,7 @@ impl Stage {
     }
 
     fn state(&self) -> PathBuf {
-        Pins::new(self.world.node(0).unwrap().directory().join("bpffs")).state()
+        Pins::new(self.world.node(0).unwrap().bpffs()).state()
     }
 
     /// As if whoever lets flows change hands had ended in the midst of it: what begins is left to kube-proxy, and

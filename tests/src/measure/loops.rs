@@ -19,7 +19,7 @@ use nix::{
 };
 
 use super::{All, Change, ECHO, STREAM_BLOCK_BYTES, SWALLOW, Samples, Slice, WHO, What};
-use crate::engine::monotonic_ns;
+use crate::{engine::monotonic_ns, random::Random};
 
 /// Connects of one sample where a single one is too short for the clock.
 const BATCH: u32 = 32;
@@ -36,18 +36,17 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// How long the prober of a start waits between two looks: it must not take the CPU from what it waits for.
 const LOOK_PAUSE: Duration = Duration::from_micros(500);
 
-/// Draws destinations: xorshift64*, which is cheap and good enough not to repeat itself.
+/// Draws destinations.
 ///
 /// They lie as densely as their family allows: a list that fills the caches would be measured along with the connects.
 struct Draw<'a, A> {
     targets: &'a [A],
-    state: u64,
+    random: Random,
 }
 
 impl<'a, A> Draw<'a, A> {
     fn new(targets: &'a [A], seed: u64) -> Self {
-        // Zero would stay zero.
-        Self { targets, state: seed | 1 << 63 }
+        Self { targets, random: Random::new(seed) }
     }
 
     fn next(&mut self) -> &'a A {
@@ -55,13 +54,7 @@ impl<'a, A> Draw<'a, A> {
     }
 
     fn index(&mut self) -> usize {
-        self.state ^= self.state >> 12;
-        self.state ^= self.state << 25;
-        self.state ^= self.state >> 27;
-        let random = self.state.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32;
-        // Multiply and shift gives an index below the length.
-        let index = (random * self.targets.len() as u64) >> 32;
-        usize::try_from(index).unwrap_or_default()
+        self.random.below(self.targets.len())
     }
 }
 

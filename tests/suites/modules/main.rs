@@ -12,22 +12,15 @@
 mod sctp;
 
 use sheave_tests::nodes::{
-    Layout, World,
-    matrix::{self, Settings, cases, objects},
+    Layout,
+    matrix::{self, Settings},
 };
 
 /// As Calico's and WireGuard's; the matrix of `tests/suites/matrix.rs` runs through a tun device instead.
 #[test]
 fn matrix_over_ip6tnl() {
     let layout = Layout { rp_filter: 2, ..Layout::ip6_overlay() };
-    let mut world = World::new(layout).unwrap();
-    world.serve().unwrap();
-    world.manifests().write("matrix", &objects(&world).unwrap()).unwrap();
-    for node in [0, 1] {
-        world.start_agent(node, &[]).unwrap();
-    }
-    world.settle().unwrap();
-    let table = matrix::run(&world, &cases(), Settings::default()).unwrap();
+    let table = matrix::hold(layout, Settings::default(), &[], &[0, 1]).unwrap();
     println!("{table}");
     assert_eq!(table.wrong(), 0, "of {}:\n{}", table.total(), table.failures());
 }

@@ -284,7 +284,7 @@ fn an_agent_that_is_told_otherwise_is_obeyed() {
 }
 
 fn epoch(stage: &Stage) -> u32 {
-    let pins = Pins::new(stage.world.node(0).unwrap().directory().join("bpffs"));
+    let pins = Pins::new(stage.world.node(0).unwrap().bpffs());
     let map = open_pinned(&pins.state(), "EPOCH").unwrap();
     let epoch: aya::maps::Array<_, u32> = aya::maps::Map::from_map_data(map).unwrap().try_into().unwrap();
     epoch.get(&0, 0).unwrap()

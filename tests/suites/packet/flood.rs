@@ -218,7 +218,7 @@ fn small_tables_are_full_and_serve() {
     }
 
     // Others have all the room there is.
-    let pins = Pins::new(world.node(0).unwrap().directory().join("bpffs"));
+    let pins = Pins::new(world.node(0).unwrap().bpffs());
     let mut table: Table<FlowKey, Flow> = Table::open(&pins.state(), "FLOWS").unwrap();
     let others: Vec<_> = (1..=u16::try_from(FEW).unwrap())
         .map(|port| {

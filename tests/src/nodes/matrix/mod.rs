@@ -14,7 +14,7 @@ use anyhow::Result;
 pub use self::{
     objects::objects,
     rules::{Detection, Expected, Peer, Rule, Settings, apparent, expected, judge, rule},
-    run::{Got, Row, Table, run},
+    run::{Got, Row, Table, hold},
 };
 use super::{Attachment, World};
 use crate::{lab::Place, protocol::Transport};

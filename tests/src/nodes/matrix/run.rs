@@ -9,10 +9,10 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use super::{Case, Expected, ORIGINS, Origin, Peer, Settings, Version, WAYS, expected};
+use super::{Case, Expected, ORIGINS, Origin, Peer, Settings, Version, WAYS, cases, expected, objects};
 use crate::{
     client::{Client, Outcome},
-    nodes::World,
+    nodes::{Layout, World},
     protocol::{Dial, Exchange, Transport},
 };
 
@@ -66,8 +66,20 @@ impl Table {
     }
 }
 
+/// Builds nodes, of which some have an agent with these arguments, and dials every case there is.
+pub fn hold(layout: Layout, settings: Settings, arguments: &[&str], nodes: &[usize]) -> Result<Table> {
+    let mut world = World::new(layout)?;
+    world.serve()?;
+    world.manifests().write("matrix", &objects(&world)?)?;
+    for node in nodes {
+        world.start_agent(*node, arguments)?;
+    }
+    world.settle()?;
+    run(&world, &cases(), settings)
+}
+
 /// Dials all cases, each origin on its own.
-pub fn run(world: &World, cases: &[Case], settings: Settings) -> Result<Table> {
+fn run(world: &World, cases: &[Case], settings: Settings) -> Result<Table> {
     let of = |origin| -> Result<Vec<Row>> {
         let mut mine = cases.iter().filter(|case| case.origin == origin).peekable();
         if mine.peek().is_none() {
