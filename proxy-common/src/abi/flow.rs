@@ -148,6 +148,24 @@ impl Flow {
         self.flags & (Self::ANSWERED | Self::HEARD) != 0
     }
 
+    /// Of a connection that has ended, and whose packets are not to be told from those of the next one. What nobody dials is
+    /// found by nobody, and swept away.
+    pub const NOBODYS: Self = Self {
+        vip: Address::from_words([0; 4]),
+        backend: Address::from_words([0; 4]),
+        snat: Address::from_words([0; 4]),
+        backend_id: BackendId::NONE,
+        used_ns: 0,
+        service: 0,
+        vip_port: Port::from_raw(0),
+        backend_port: Port::from_raw(0),
+        snat_port: Port::from_raw(0),
+        inner_port: Port::from_raw(0),
+        flags: Self::RESET,
+        device: 0,
+        zero: 0,
+    };
+
     /// Whether nothing more is expected: the client's port may be used for a new connection.
     #[inline(always)]
     pub const fn is_over(&self) -> bool {

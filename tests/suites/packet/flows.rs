@@ -93,6 +93,31 @@ fn m11_tcp_connections_of_one_port_with_one_backend() {
     });
 }
 
+/// M11: a connection that has ended is nobody's, whoever its port talks to next at the same backend.
+#[test]
+fn m11_a_tcp_connection_after_another_of_its_port() {
+    with_one_backend(|from, port, [one, two, direct], backend| {
+        let open = |to| {
+            let talk = Talk::open(from, port, to);
+            assert_eq!(talk.server, backend, "{}: {to}", from.name());
+            talk
+        };
+        let whole = |to| {
+            let mut talk = open(to);
+            talk.echo(3000).unwrap_or_else(|error| panic!("{}: {to}: {error}", from.name()));
+            talk.ends().unwrap_or_else(|error| panic!("{}: the end of {to}: {error}", from.name()));
+        };
+        whole(one);
+        whole(direct);
+        whole(two);
+        // Two at a time, so that each has a place of its own; then the later one's again.
+        let both = [open(one), open(two)];
+        both.into_iter().for_each(|talk| talk.ends().unwrap());
+        whole(two);
+        whole(direct);
+    });
+}
+
 /// M11 over UDP: each answer comes from who was asked, whether the next question is asked before or after it.
 #[test]
 fn m11_udp_flows_of_one_port_with_one_backend() {

@@ -87,6 +87,10 @@ pub(super) fn store<T: PacketTables>(tables: &T, client: &FlowKey, flow: &Flow) 
             if slot == FlowKey::SLOTS {
                 slot = n;
             }
+            if alike {
+                // What this one's backend answers is not of the old one.
+                entry.replace(&Flow::NOBODYS);
+            }
         } else if alike && other.inner_port == Port::new(0) {
             looks_alike = true;
         }

@@ -104,13 +104,19 @@ pub fn direct(packet: &mut impl Packet, tables: &impl PacketTables, headers: &He
         if !begins(headers) || !entry.flow().is_over() {
             return follow_and_forward(packet, tables, headers, &key, &entry);
         }
-        // The next one need not clash. What nobody dials is found by nobody, and swept away.
-        entry.replace(&Flow { flags: Flow::RESET, ..Flow::default() });
+        // The next one need not clash.
+        entry.replace(&Flow::NOBODYS);
     }
-    let alike = find(tables, &headers.of_source(), |flow| {
-        flow.goes_to(to) && !flow.is_over() && flow.flags & Flow::OWN_NODE == 0
-    });
+    let alike =
+        find(tables, &headers.of_source(), |flow| flow.goes_to(to) && flow.flags & Flow::OWN_NODE == 0);
     let Some((key, entry)) = alike else { return Some(Verdict::Next) };
+    if entry.flow().is_over() {
+        if begins(headers) {
+            // What the backend answers is not of the old one.
+            entry.replace(&Flow::NOBODYS);
+        }
+        return Some(Verdict::Next);
+    }
     let of_vip = entry.flow();
     if begins(headers) {
         let flow = Flow {
