@@ -53,6 +53,9 @@ const PACKET_PROGRAMS: &str = "PACKET_PROGRAMS";
 /// `bpf_set_retval` came with it.
 const SET_RETVAL_SINCE: (u8, u8, u16) = (5, 18, 0);
 
+/// `bpf_ktime_get_coarse_ns` came with it.
+const COARSE_CLOCK_SINCE: (u8, u8, u16) = (5, 11, 0);
+
 /// A map as the object declares it, for the check of a pin: aya takes any pin, of whatever shape.
 struct Shape {
     name: &'static str,
@@ -126,6 +129,8 @@ pub struct Settings {
     pub host_netns: u64,
     /// Whether the kernel lets a hook choose the error (B2).
     pub set_retval: bool,
+    /// Whether the kernel has a clock that costs nothing to read.
+    pub coarse_clock: bool,
     /// Whether the programs of the packet path are loaded at all.
     pub packet_path: bool,
     /// Whether packets may skip the stack.
@@ -140,13 +145,14 @@ impl Settings {
     /// # Errors
     /// If the kernel's version cannot be read.
     pub fn of_this_host(packet_path: bool, fast_path: bool, flow_limits: FlowLimits) -> Result<Self, Error> {
-        let (major, minor, patch) = SET_RETVAL_SINCE;
         let version = KernelVersion::current().map_err(|error| {
             Error::path("read the kernel version from", "/proc")(std::io::Error::other(error))
         })?;
+        let since = |(major, minor, patch)| version >= KernelVersion::new(major, minor, patch);
         Ok(Self {
             host_netns: sys::netns_cookie().unwrap_or(0),
-            set_retval: version >= KernelVersion::new(major, minor, patch),
+            set_retval: since(SET_RETVAL_SINCE),
+            coarse_clock: since(COARSE_CLOCK_SINCE),
             packet_path,
             fast_path,
             flow_limits,
@@ -178,12 +184,14 @@ impl Loaded {
             check(shape, &path)?;
         }
         let (set_retval, fast_path) = (u32::from(settings.set_retval), u32::from(settings.fast_path));
+        let coarse_clock = u32::from(settings.coarse_clock);
         let mut loader = EbpfLoader::new();
         // None of these programs needs the kernel's BTF: parsing it costs 17 ms and 16 MB.
         loader
             .btf(None)
             .override_global("HOST_NETNS", &settings.host_netns, true)
             .override_global("SET_RETVAL", &set_retval, true)
+            .override_global("COARSE_CLOCK", &coarse_clock, true)
             .override_global("FAST_PATH", &fast_path, true)
             .map_max_entries("LANES", if settings.fast_path { settings.flow_limits.lanes() } else { 1 })
             .map_max_entries("FRONTENDS", frontends::places(limits.frontends))

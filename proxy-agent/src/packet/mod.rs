@@ -245,10 +245,12 @@ impl PacketPath {
         self.renewed = Some(model.renewed());
         self.filters.set_node(model);
         writes += self.filters.write_cluster_ips();
+        if let Some(links) = &self.links {
+            self.places = roles::places(links, &model.facts().primary, &model.context().policy.detect_local);
+        }
         writes += self.write_settings(model);
         let Some(links) = &self.links else { return writes };
         self.hooks_due = true;
-        self.places = roles::places(links, &model.facts().primary, &model.context().policy.detect_local);
         let up: BTreeSet<u32> = links.iter().filter(|link| link.up).map(|link| link.index).collect();
         for (index, place) in &self.places {
             if place.role == Role::Unread && up.contains(index) && self.told.insert(place.name.clone()) {
@@ -281,6 +283,9 @@ impl PacketPath {
         let mut wanted = settings::settings(model.facts(), &model.context().policy, self.options.snat_ports);
         if self.leave_new {
             wanted.flags |= PacketSettings::LEAVE_NEW;
+        }
+        if self.links.is_some() && self.places.values().all(|place| place.device.bridge == 0) {
+            wanted.flags |= PacketSettings::NO_BRIDGE_PORTS;
         }
         for (what, ranges) in
             [("pod", &model.facts().local_pod_cidrs), ("service", &model.context().policy.service_cidrs)]

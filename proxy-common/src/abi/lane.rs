@@ -117,7 +117,7 @@ impl Lane {
         self.device != 0
             && self.epoch == epoch
             && epoch != 0
-            && now_ns.wrapping_sub(self.accepted_ns) < Self::LEASE_NS
+            && now_ns.saturating_sub(self.accepted_ns) < Self::LEASE_NS
     }
 }
 

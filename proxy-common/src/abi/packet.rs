@@ -68,6 +68,8 @@ impl PacketSettings {
     pub const MASQUERADE_ALL: u32 = 4;
     /// What begins now is another proxy's: flows change hands. Not what this node's NAT has let pass.
     pub const LEAVE_NEW: u32 = 8;
+    /// No device is a port of a bridge.
+    pub const NO_BRIDGE_PORTS: u32 = 16;
 }
 
 /// `DEVICES`: hash, interface index → what its hooks need to know. Written by the agent only.

@@ -41,7 +41,7 @@ pub trait Tables {
     fn remember_datagram_origin(&self, key: &DatagramKey, origin: &DatagramOrigin);
     /// Uniform 32 random bits.
     fn random(&self) -> u32;
-    /// Nanoseconds of the monotonic clock.
+    /// Nanoseconds of the monotonic clock, which may be those of its last tick: less than what the agent reads at that time.
     fn now_ns(&self) -> u64;
 }
 

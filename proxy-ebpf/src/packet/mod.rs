@@ -141,9 +141,9 @@ pub(crate) fn ingress(ctx: &TcContext) -> i32 {
             if !is_fast() || skb.hint() != ASKED {
                 skb.set_hint(SETTLED);
             }
-            packet_bridge(ctx.skb.skb)
+            bridge(ctx)
         }
-        BRIDGE => packet_bridge(ctx.skb.skb),
+        BRIDGE => bridge(ctx),
         COME_IN => come_in(),
         answer => answer,
     }
@@ -225,6 +225,12 @@ pub(crate) fn egress(ctx: &TcContext) -> i32 {
         }
         answer => answer,
     }
+}
+
+/// Where no device is a port of a bridge, none is looked up for that.
+#[inline(always)]
+fn bridge(ctx: &TcContext) -> i32 {
+    if tables::has_bridge_ports() { packet_bridge(ctx.skb.skb) } else { NEXT }
 }
 
 #[inline(always)]

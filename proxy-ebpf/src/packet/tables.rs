@@ -48,6 +48,12 @@ impl Device {
     }
 }
 
+/// Whether a device may be a port of a bridge.
+#[inline(always)]
+pub(super) fn has_bridge_ports() -> bool {
+    PACKET_SETTINGS.get(0).is_none_or(|settings| settings.flags & PacketSettings::NO_BRIDGE_PORTS == 0)
+}
+
 /// A flow where it lies in its map.
 #[derive(Clone, Copy)]
 pub(super) struct Entry(*mut Flow);

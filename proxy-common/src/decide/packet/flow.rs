@@ -205,7 +205,7 @@ pub(super) fn grow_up<T: PacketTables>(tables: &T, key: &FlowKey, entry: &T::Ent
 /// Whether its last use is more than a second ago.
 #[inline(always)]
 pub(super) const fn is_a_while_ago(flow: &Flow, now_ns: u64) -> bool {
-    now_ns.wrapping_sub(flow.used_ns) > SECOND_NS
+    now_ns.saturating_sub(flow.used_ns) > SECOND_NS
 }
 
 /// Keeps the time of last use, without dirtying the entry for every packet.

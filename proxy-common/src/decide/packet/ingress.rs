@@ -204,7 +204,7 @@ pub(super) fn is_over(tables: &impl PacketTables, protocol: Protocol, flow: &Flo
 
 #[inline(always)]
 fn is_idle(tables: &impl PacketTables, flow: &Flow) -> bool {
-    tables.now_ns().wrapping_sub(flow.used_ns) > Flow::FOREIGN_IDLE_NS
+    tables.now_ns().saturating_sub(flow.used_ns) > Flow::FOREIGN_IDLE_NS
 }
 
 /// A packet of a known connection.
