@@ -85,20 +85,32 @@ pub fn programs_of(cgroup: &Path) -> Result<Vec<u32>> {
 
 /// The id of a pinned map.
 pub fn pinned_map_id(path: &Path) -> Result<u32> {
-    let context = || format!("opening the pinned map {}", path.display());
+    // `struct bpf_map_info` begins with type and id.
+    let [_, id, _] = pinned_info(path)?;
+    Ok(id)
+}
+
+/// The program of a pinned link.
+pub(crate) fn program_of_link(path: &Path) -> Result<OwnedFd> {
+    // `struct bpf_link_info` begins with type, id and the program's id.
+    let [_, _, program] = pinned_info(path)?;
+    by_id(PROG_GET_FD_BY_ID, program).with_context(|| format!("the program of {}", path.display()))
+}
+
+/// The first words of what the kernel says of a pinned object.
+fn pinned_info(path: &Path) -> Result<[u32; 3]> {
+    let context = || format!("opening the pin {}", path.display());
     let name = CString::new(path.as_os_str().as_bytes()).with_context(context)?;
     let mut attr = Pathname { pathname: name.as_ptr() as u64, fd: 0, flags: 0 };
     // SAFETY: the path ends in a zero byte and lives longer than the call.
     let fd = unsafe { bpf(OBJ_GET, &mut attr) }.with_context(context)?;
     // SAFETY: the kernel just gave us this descriptor.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    // `struct bpf_map_info` begins with type and id.
-    let mut info = [0_u32; 2];
-    let mut attr = Info { fd: fd.as_raw_fd(), len: 8, info: info.as_mut_ptr() as u64 };
-    // SAFETY: `info` has the eight bytes that are said, and lives longer than the call.
+    let mut info = [0_u32; 3];
+    let mut attr = Info { fd: fd.as_raw_fd(), len: 12, info: info.as_mut_ptr() as u64 };
+    // SAFETY: `info` has the twelve bytes that are said, and lives longer than the call.
     unsafe { bpf(OBJ_GET_INFO_BY_FD, &mut attr) }.with_context(context)?;
-    let [_, id] = info;
-    Ok(id)
+    Ok(info)
 }
 
 /// Whether a map exists, pinned or not.
@@ -112,15 +124,17 @@ pub fn program_exists(id: u32) -> Result<bool> {
 }
 
 fn exists(command: libc::c_int, id: u32) -> Result<bool> {
-    let mut attr = [id, 0, 0];
-    // SAFETY: three words: the id, where to go on, flags.
-    match unsafe { bpf(command, &mut attr) } {
-        Ok(fd) => {
-            // SAFETY: the kernel just gave us this descriptor.
-            drop(unsafe { OwnedFd::from_raw_fd(fd) });
-            Ok(true)
-        }
+    match by_id(command, id) {
+        Ok(_) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(error).context("asking for a BPF object by its id"),
     }
+}
+
+fn by_id(command: libc::c_int, id: u32) -> io::Result<OwnedFd> {
+    let mut attr = [id, 0, 0];
+    // SAFETY: three words: the id, where to go on, flags.
+    let fd = unsafe { bpf(command, &mut attr) }?;
+    // SAFETY: the kernel just gave us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

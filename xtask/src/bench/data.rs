@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use sheave_tests::{
     client::Client,
     kubernetes::kube_proxy::Mode,
-    measure::{Slice, Spinners, What, cpu_ns},
+    measure::{Slice, Spinners, What, cpu_ns, packets::EmptyHooks},
 };
 
 use super::{
@@ -23,6 +23,8 @@ use super::{
 /// Names of arms.
 pub(crate) const DIRECT: &str = "direct";
 pub(crate) const SHEAVE: &str = "sheave";
+/// Programs that do nothing at the hooks, or in our place.
+pub(crate) const EMPTY: &str = "empty programs";
 pub(crate) const NFTABLES: &str = "kube-proxy nftables";
 pub(crate) const IPTABLES: &str = "kube-proxy iptables";
 
@@ -40,6 +42,9 @@ pub(crate) struct Worlds {
     pub(crate) direct: World,
     /// Another such.
     pub(crate) again: World,
+    /// Without any proxy, but with programs that do nothing where ours are.
+    pub(crate) hooked: World,
+    pub(crate) _hooks: EmptyHooks,
     /// With our agent, which has synced.
     pub(crate) sheave: World,
     /// With kube-proxy, which has synced.
@@ -113,7 +118,7 @@ pub(crate) fn measure(
     effort: &Effort,
     report: &mut Report,
 ) -> Result<()> {
-    let Worlds { direct, again, sheave, .. } = worlds;
+    let Worlds { direct, again, hooked, sheave, .. } = worlds;
     // One process measures every arm, so that the places of its memory are no difference between arms.
     let client = sheave.client();
     for family in [Family::V4, Family::V6] {
@@ -135,6 +140,8 @@ pub(crate) fn measure(
                     arms.push(Arm { told: false, ..arm });
                 }
             }
+            // What hooks cost by themselves: no proxy that has them can be cheaper.
+            arms.push(arm(EMPTY, hooked, Side::Inside, backends));
             arms.push(arm(AGAIN, again, Side::Outside, backends));
             let row = worlds.still(|| one(client, metric, family, effort, &arms))?;
             report.add(row);
@@ -177,6 +184,7 @@ fn one(client: &Client, metric: &Metric, family: Family, effort: &Effort, arms: 
     row.compare(&[
         goal(SHEAVE, DIRECT, metric.target),
         goal("bystander", DIRECT, metric.bystander),
+        goal(EMPTY, DIRECT, None),
         goal(SHEAVE, NFTABLES, None),
         goal(SHEAVE, IPTABLES, metric.peer),
     ]);

@@ -9,6 +9,7 @@ mod baseline;
 mod control;
 mod data;
 mod packets;
+mod paths;
 mod peers;
 mod plot;
 mod report;
@@ -32,14 +33,17 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use nix::sys::signal::{SigSet, Signal};
-use sheave_tests::kubernetes::{kube_proxy::Mode, programs};
+use sheave_tests::{
+    kubernetes::{kube_proxy::Mode, programs},
+    measure::packets::EmptyHooks,
+};
 
 use self::{
     data::Worlds,
     peers::{Hub, Peer},
     report::Report,
     scale::Scale,
-    world::World,
+    world::{Side, World},
 };
 use crate::{
     build::Binaries,
@@ -94,7 +98,7 @@ pub(crate) struct Options {
         conflicts_with_all = ["full", "quick", "smoke", "services", "add", "check", "publish", "report", "ids"]
     )]
     vm: Option<Kernel>,
-    /// Metrics: p1 p2 p3 p4 p5 p8 a1 a2 a3 a4 a6 tools (a4 has a5, p1 has p7 and p12); without, all of these. Only when named: api,
+    /// Metrics: p1 p2 p3 p4 p5 p8 p11 a1 a2 a3 a4 a6 tools (a4 has a5, p1 has p7 and p12); without, all of these. Only when named: api,
     /// an agent beside a real API server, which takes ten minutes at 10,000 Services
     ids: Vec<String>,
 }
@@ -196,8 +200,22 @@ pub(crate) fn prepared(binaries: &Binaries) -> Result<()> {
 /// Runs the benchmark and writes `target/bench/`.
 pub(crate) fn run(options: &Options) -> Result<()> {
     for id in &options.ids {
-        let known =
-            ["p1", "p2", "p3", "p4", "p5", packets::ID, "a1", "a2", "a3", "a4", "a6", tools::ID, api::ID];
+        let known = [
+            "p1",
+            "p2",
+            "p3",
+            "p4",
+            "p5",
+            packets::ID,
+            paths::ID,
+            "a1",
+            "a2",
+            "a3",
+            "a4",
+            "a6",
+            tools::ID,
+            api::ID,
+        ];
         if !known.contains(&id.to_lowercase().as_str()) {
             bail!("no metric {id}: {}", known.join(" "));
         }
@@ -240,6 +258,10 @@ fn measure(options: &Options, effort: &Effort, report: &mut Report) -> Result<()
         if options.wants(packets::ID) {
             println!("── {services} Services, packets");
             packets::measure(*services, options.alone, effort, report)?;
+        }
+        if options.wants(paths::ID) {
+            println!("── {services} Services, programs by themselves");
+            paths::measure(*services, effort, report)?;
         }
         if ["a1", "a2", "a4", "a6"].iter().any(|id| options.wants(id)) {
             let scale = Scale {
@@ -294,7 +316,22 @@ fn worlds(services: u32, effort: &Effort, alone: bool) -> Result<Worlds> {
     sheave.write_manifests()?;
     let synced = sheave.start_agent()?;
     println!("── {services} Services, Sheave, both families: synced after {}", seconds(synced));
-    Ok(Worlds { direct: World::new(scale)?, again: World::new(scale)?, sheave, peers, hub })
+    let hooked = World::new(scale)?;
+    // All that have a pod behind them.
+    let hooks = EmptyHooks::new(
+        &hooked.cgroup(Side::Inside)?,
+        hooked.node()?.host().netns(),
+        &["veth1", "veth2", "veth3"],
+    )?;
+    Ok(Worlds {
+        direct: World::new(scale)?,
+        again: World::new(scale)?,
+        _hooks: hooks,
+        hooked,
+        sheave,
+        peers,
+        hub,
+    })
 }
 
 /// Ends the work when somebody pressed Ctrl-C; what is dropped on the way up removes itself.

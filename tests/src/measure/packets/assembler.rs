@@ -12,6 +12,9 @@ pub(super) const R4: Register = 4;
 pub(super) const R5: Register = 5;
 pub(super) const R6: Register = 6;
 
+/// Behind the stack's end.
+pub(super) const R10: Register = 10;
+
 /// How wide an access is.
 #[derive(Clone, Copy)]
 pub(super) enum Width {
@@ -73,6 +76,11 @@ impl Program {
     /// The address of the first value of an array map.
     pub(super) fn value_of(&mut self, to: Register, map: i32) -> &mut Self {
         self.wide(to, 2, u64::from(map.cast_unsigned()))
+    }
+
+    /// A map.
+    pub(super) fn map(&mut self, to: Register, map: i32) -> &mut Self {
+        self.wide(to, 1, u64::from(map.cast_unsigned()))
     }
 
     fn wide(&mut self, to: Register, kind: Register, value: u64) -> &mut Self {

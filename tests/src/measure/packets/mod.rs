@@ -4,38 +4,39 @@
 //! The time of such a run has in it whatever the stack does with the frames, as all of it happens on the same CPU.
 
 mod assembler;
+mod kernel;
+mod paths;
 
 use std::{
+    fs::File,
     io,
     net::Ipv4Addr,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    os::fd::{AsRawFd, OwnedFd},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::{libc, net::if_::if_nametoindex};
 use serde_json::Value;
 
-use self::assembler::{Condition, Operation, Program, R1, R2, R3, R4, R5, R6, Width};
+use self::{
+    assembler::{Condition, Operation, Program, R1, R2, R3, R4, R5, R6, Width},
+    kernel::{
+        AT_CONNECT, AT_TCX_EGRESS, AT_TCX_INGRESS, AT_XDP, Run, SCHED_CLS, SOCK_ADDR, XDP, attach, counters,
+        load, load_for, read_counters, test_run,
+    },
+};
 use super::cpu::pin;
-use crate::{bpf::bpf, netns::Netns};
+use crate::netns::Netns;
 
-/// Commands of bpf(2).
-const MAP_CREATE: libc::c_int = 0;
-const MAP_LOOKUP: libc::c_int = 1;
-const PROG_LOAD: libc::c_int = 5;
-const PROG_TEST_RUN: libc::c_int = 10;
-const LINK_CREATE: libc::c_int = 28;
-
-/// Types of programs, and where they are attached.
-const SCHED_CLS: u32 = 3;
-const XDP: u32 = 6;
-const AT_XDP: u32 = 37;
-const AT_TCX_INGRESS: u32 = 46;
+pub use self::paths::{Hook, Path, Says, segment};
 
 /// What XDP programs say.
 const XDP_ABORTED: i32 = 0;
 const XDP_DROP: i32 = 1;
 const XDP_PASS: i32 = 2;
+
+/// What a program of a device's hook says for "the next one": `TCX_NEXT`.
+const NEXT: i32 = -1;
 
 /// `bpf_redirect`.
 const REDIRECT: i32 = 23;
@@ -132,7 +133,13 @@ impl Generator {
         self.netns.run(|| {
             pin(Some(cpu))?;
             go_first()?;
-            test_run(&frames.program, self.device, count)
+            // `struct xdp_md`: data, its end, metadata, device, queue, no other device.
+            let words = [0, u32::try_from(FRAME_BYTES)?, 0, self.device, 0, 0];
+            let context: Vec<u8> = words.into_iter().flat_map(u32::to_ne_bytes).collect();
+            let run = Run { frame: &[0; FRAME_BYTES], context: &context, repeat: count, live_batch: BATCH };
+            let ns = test_run(&frames.program, run)?.ns;
+            ensure!(ns > 0, "the kernel does not say how long {count} frames took");
+            Ok(ns)
         })?
     }
 }
@@ -181,6 +188,33 @@ impl Redirect {
         code.with(Operation::Move, R1, i32::try_from(to)?).with(Operation::Move, R2, 0).call(REDIRECT);
         let program = load(SCHED_CLS, &code.exit())?;
         Ok(Self { _link: netns.run(|| attach(&program, from, AT_TCX_INGRESS))?? })
+    }
+}
+
+/// Programs that do nothing where a proxy's are: at both hooks of devices, and at a cgroup's `connect`. What hooks cost by
+/// themselves.
+#[derive(Debug)]
+pub struct EmptyHooks {
+    _links: Vec<OwnedFd>,
+}
+
+impl EmptyHooks {
+    /// At a cgroup, and at devices of a namespace.
+    pub fn new(cgroup: &std::path::Path, netns: &Netns, devices: &[&str]) -> Result<Self> {
+        let mut links = Vec::new();
+        let directory = File::open(cgroup).with_context(|| format!("opening {}", cgroup.display()))?;
+        for at in AT_CONNECT {
+            let allows = load_for(SOCK_ADDR, at, &Program::default().last(1))?;
+            links.push(attach(&allows, directory.as_raw_fd().cast_unsigned(), at)?);
+        }
+        let empty = load(SCHED_CLS, &Program::default().last(NEXT))?;
+        for device in devices {
+            let index = index_of(netns, device)?;
+            for at in [AT_TCX_INGRESS, AT_TCX_EGRESS] {
+                links.push(netns.run(|| attach(&empty, index, at))??);
+            }
+        }
+        Ok(Self { _links: links })
     }
 }
 
@@ -296,136 +330,6 @@ fn go_first() -> Result<()> {
     let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const parameters) };
     ensure!(result == 0, "SCHED_FIFO: {}", io::Error::last_os_error());
     Ok(())
-}
-
-/// An array of one value, two counters.
-fn counters() -> Result<OwnedFd> {
-    #[repr(C)]
-    struct Create {
-        kind: u32,
-        key_size: u32,
-        value_size: u32,
-        entries: u32,
-    }
-    const ARRAY: u32 = 2;
-    let mut attr = Create { kind: ARRAY, key_size: 4, value_size: 16, entries: 1 };
-    // SAFETY: four words without pointers.
-    owned(unsafe { bpf(MAP_CREATE, &mut attr) }).context("making a map")
-}
-
-fn read_counters(map: &OwnedFd) -> Result<[u64; 2]> {
-    #[repr(C)]
-    struct Lookup {
-        map: i32,
-        padding: u32,
-        key: u64,
-        value: u64,
-        flags: u64,
-    }
-    let (key, mut value) = (0_u32, [0_u64; 2]);
-    let mut attr = Lookup {
-        map: map.as_raw_fd(),
-        padding: 0,
-        key: &raw const key as u64,
-        value: value.as_mut_ptr() as u64,
-        flags: 0,
-    };
-    // SAFETY: key and value have the sizes that the map was made with, and live longer than the call.
-    unsafe { bpf(MAP_LOOKUP, &mut attr) }.context("reading a map")?;
-    Ok(value)
-}
-
-fn load(kind: u32, code: &[u64]) -> Result<OwnedFd> {
-    #[repr(C)]
-    struct Load {
-        kind: u32,
-        count: u32,
-        code: u64,
-        licence: u64,
-        log_level: u32,
-        log_size: u32,
-        log: u64,
-    }
-    let mut log = vec![0_u8; 1 << 16];
-    let mut attr = Load {
-        kind,
-        count: u32::try_from(code.len())?,
-        code: code.as_ptr() as u64,
-        licence: c"GPL".as_ptr() as u64,
-        log_level: 1,
-        log_size: u32::try_from(log.len())?,
-        log: log.as_mut_ptr() as u64,
-    };
-    // SAFETY: code, licence and log have the lengths that are said, and live longer than the call.
-    let result = owned(unsafe { bpf(PROG_LOAD, &mut attr) });
-    result.with_context(|| {
-        let text = String::from_utf8_lossy(&log);
-        format!("loading a program: {}", text.trim_end_matches('\0'))
-    })
-}
-
-/// Attaches a program to a device of the calling thread's namespace, until the link is dropped.
-fn attach(program: &OwnedFd, device: u32, at: u32) -> Result<OwnedFd> {
-    let mut attr = [program.as_raw_fd().cast_unsigned(), device, at, 0];
-    // SAFETY: four words without pointers.
-    owned(unsafe { bpf(LINK_CREATE, &mut attr) }).context("attaching a program to a device")
-}
-
-/// Runs a program on frames that its device then takes as received; returns the nanoseconds for each.
-fn test_run(program: &OwnedFd, device: u32, count: u32) -> Result<u32> {
-    #[repr(C)]
-    struct TestRun {
-        program: i32,
-        result: u32,
-        data_size_in: u32,
-        data_size_out: u32,
-        data_in: u64,
-        data_out: u64,
-        repeat: u32,
-        duration: u32,
-        context_size_in: u32,
-        context_size_out: u32,
-        context_in: u64,
-        context_out: u64,
-        flags: u32,
-        cpu: u32,
-        batch_size: u32,
-        padding: u32,
-    }
-    const LIVE_FRAMES: u32 = 2;
-    let frame = [0_u8; FRAME_BYTES];
-    let length = u32::try_from(frame.len())?;
-    // `struct xdp_md`: data, its end, metadata, device, queue, no other device.
-    let context = [0, length, 0, device, 0, 0];
-    let mut attr = TestRun {
-        program: program.as_raw_fd(),
-        result: 0,
-        data_size_in: length,
-        data_size_out: 0,
-        data_in: frame.as_ptr() as u64,
-        data_out: 0,
-        repeat: count,
-        duration: 0,
-        context_size_in: u32::try_from(size_of_val(&context))?,
-        context_size_out: 0,
-        context_in: context.as_ptr() as u64,
-        context_out: 0,
-        flags: LIVE_FRAMES,
-        cpu: 0,
-        batch_size: BATCH,
-        padding: 0,
-    };
-    // SAFETY: frame and context have the sizes that are said, and live longer than the call.
-    unsafe { bpf(PROG_TEST_RUN, &mut attr) }.context("making frames")?;
-    if attr.duration == 0 {
-        bail!("the kernel does not say how long {count} frames took");
-    }
-    Ok(attr.duration)
-}
-
-fn owned(result: io::Result<i32>) -> io::Result<OwnedFd> {
-    // SAFETY: the kernel just gave us this descriptor.
-    result.map(|descriptor| unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
 #[cfg(test)]
