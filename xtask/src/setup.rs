@@ -37,8 +37,8 @@ const COMMANDS: [(&str, &str); 7] = [
     ("xtables-legacy-multi", "iptables"),
 ];
 
-/// What the benchmark runs besides.
-const BENCH_COMMANDS: [(&str, &str); 1] = [("wrk", "wrk")];
+/// What the benchmark runs besides; the package that draws depends on a font.
+const BENCH_COMMANDS: [(&str, &str); 2] = [("wrk", "wrk"), ("rsvg-convert", "librsvg2-bin")];
 
 /// What boots a virtual machine, besides what every Debian has.
 const VM_COMMANDS: [(&str, &str); 3] =

@@ -98,7 +98,8 @@ impl Node {
 const FORWARD: &str = "forward";
 const FORWARD_TRACKED: &str = "forward, tracked";
 const SHEAVE_TRACKED: &str = "sheave, tracked";
-const FAST: &str = "fast path";
+/// The arm of `--fast-path`.
+pub(crate) const FAST: &str = "fast path";
 const FAST_TRACKED: &str = "fast path, tracked";
 
 /// Ways of a packet: the node, and what leads it. The first is what the others are compared with.

@@ -4,10 +4,11 @@ use std::{
     fmt::Write as _,
     fs,
     path::{Path, PathBuf},
+    process::Command,
     time::Instant,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -148,9 +149,25 @@ impl Report {
     pub(crate) fn write(&self) -> Result<()> {
         let raw = serde_json::to_vec_pretty(self).context("encoding the results")?;
         fs::write(self.directory.join("results.json"), raw).context("writing results.json")?;
-        fs::write(self.directory.join("ratios.svg"), plot::ratios(&self.rows))
-            .context("writing ratios.svg")?;
-        fs::write(self.directory.join("report.md"), self.page("ratios.svg")).context("writing report.md")
+        fs::write(self.directory.join("report.md"), self.page("")).context("writing report.md")?;
+        self.draw(&self.directory).map(drop)
+    }
+
+    /// Draws the plots, for browsers and for everybody else; returns where they are.
+    fn draw(&self, directory: &Path) -> Result<Vec<PathBuf>> {
+        let mut paths = Vec::new();
+        for (name, plot) in plot::all(&self.rows) {
+            let [svg, png] = ["svg", "png"].map(|kind| directory.join(name).with_extension(kind));
+            fs::write(&svg, plot).with_context(|| format!("writing {}", svg.display()))?;
+            let draw =
+                Command::new("rsvg-convert").arg("--zoom=2").arg("--output").arg(&png).arg(&svg).status();
+            let drawn = draw.context(
+                "cannot run `rsvg-convert` (Debian package librsvg2-bin): `cargo xtask setup` installs it",
+            )?;
+            ensure!(drawn.success(), "`rsvg-convert` failed ({drawn}) on {}", svg.display());
+            paths.extend([svg, png]);
+        }
+        Ok(paths)
     }
 
     /// Says what has got worse since a baseline; that is an error.
@@ -165,26 +182,33 @@ impl Report {
         fs::create_dir_all(&directory).with_context(|| format!("making {}", directory.display()))?;
         let baseline =
             serde_json::to_vec_pretty(&baseline::of(&self.rows)).context("encoding the baseline")?;
+        let mut written = self.draw(&directory)?;
         for (path, bytes) in [
             (directory.join("baseline.json"), baseline),
-            (directory.join("ratios.svg"), plot::ratios(&self.rows).into_bytes()),
-            (root.join("BENCHMARKS.md"), self.page("xtask/benchmarks/ratios.svg").into_bytes()),
+            (root.join("BENCHMARKS.md"), self.page("xtask/benchmarks/").into_bytes()),
         ] {
             fs::write(&path, bytes).with_context(|| format!("writing {}", path.display()))?;
-            println!("── wrote {}", path.display());
+            written.push(path);
         }
+        written.iter().for_each(|path| println!("── wrote {}", path.display()));
         Ok(())
     }
 
-    fn page(&self, plot: &str) -> String {
+    /// The page; `plots` comes before the names of plots.
+    fn page(&self, plots: &str) -> String {
+        let images: Vec<_> = plot::all(&self.rows)
+            .into_iter()
+            .map(|(name, _)| format!("![{name}]({plots}{name}.svg)"))
+            .collect();
         let mut page = format!(
             "# Sheave beside kube-proxy, and beside the way without a Service\n\n\
              Written by `cargo xtask bench`. {}. {}. {} rounds that count, slices of {} ms.\n\n{METHOD}\n\
-             ![ratios]({plot})\n\n## What is worse than it should be\n\n{}\n## What was compared\n\n",
+             {}\n\n## What is worse than it should be\n\n{}\n## What was compared\n\n",
             self.machine,
             self.versions.join(", "),
             self.rounds,
             self.slice_ms,
+            images.join("\n"),
             self.worse()
         );
         // Writing to a string cannot fail.
@@ -278,8 +302,10 @@ and tables have their median with a bootstrap interval. Each arm has a world of 
 alike; kube-proxies have their objects from one API server, Sheave the same objects from files. One client measures every
 arm. Destinations are drawn at random from all Services (direct: from all endpoints). `again` is the first arm once more in
 another world: where its interval leaves 0.98..1.02 (packets: 0.99..1.01) the metric is void. `bystander` dials endpoints
-from inside the agent's cgroup. Who serves is frozen meanwhile; connection tracking forgets before each slice. Connects and
-CRR: client on CPU 1, server on CPU 0, a SCHED_IDLE spinner on each; RR, stream and datagrams: both on CPU 0. Packets (p8)
+from inside the agent's cgroup. p6 is what passes between SYN and SYN-ACK by the kernel's clock at the client's device, so
+that what `connect` itself does is not in it. p10 dials from outside the cluster: by NodePort, and for `direct` by a route to
+the endpoints through the node; servers say which source they see. Who serves is frozen meanwhile; connection tracking
+forgets before each slice. Connects and CRR: client on CPU 1, server on CPU 0, a SCHED_IDLE spinner on each; RR, stream and datagrams: both on CPU 0. Packets (p8)
 are made by the kernel at the node's uplink (XDP live frames) and counted and dropped at the backend's device, all on one
 CPU; `tracked` has a firewall rule that follows connections. iptables is the older kind. Control planes (a1..a3) are measured
 one at a time, the others stopped; `no pause` writes at once instead of once a second. All arms of a metric at a size are of
