@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::{
     libc,
     sys::socket::{
@@ -18,7 +18,9 @@ use nix::{
     },
 };
 
-use super::{All, Change, ECHO, STREAM_BLOCK_BYTES, SWALLOW, Samples, Slice, WHO, What};
+use super::{
+    All, Change, Check, ECHO, STREAM_BLOCK_BYTES, SWALLOW, Samples, Slice, WHO, What, first::Handshakes,
+};
 use crate::{engine::monotonic_ns, random::Random};
 
 /// Connects of one sample where a single one is too short for the clock.
@@ -29,6 +31,9 @@ const SAMPLES_MAX: usize = 100_000;
 
 /// Sockets that are checked before each slice.
 const CHECKS: usize = 32;
+
+/// Closing resets the connection.
+const AT_ONCE: libc::linger = libc::linger { l_onoff: 1, l_linger: 0 };
 
 /// What a lost datagram or a stuck connection may take before the slice fails.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -81,13 +86,8 @@ fn run_in<A: SockaddrLike + Display>(
     raw: &[A],
 ) -> Result<Samples> {
     let mut draw = Draw::new(raw, slice.seed);
-    if let Some(source) = slice.source {
-        for _ in 0..CHECKS {
-            let found = source_of(family, draw.next())?;
-            if found != source {
-                bail!("a destination is not led to a backend: the socket's address is {found}, not {source}");
-            }
-        }
+    for _ in 0..CHECKS {
+        check(family, draw.next(), slice.check)?;
     }
     let mut slices = Collector::new(slice.duration);
     match slice.what {
@@ -113,14 +113,24 @@ fn run_in<A: SockaddrLike + Display>(
             }
         }
         What::TcpConnect => {
-            let at_once = libc::linger { l_onoff: 1, l_linger: 0 };
             while slices.goes_on() {
                 let descriptor = new_socket(family, SockType::Stream)?;
                 let target = draw.next();
                 let begin = Instant::now();
                 connect(descriptor.as_raw_fd(), target).with_context(|| format!("connect to {target}"))?;
                 slices.keep(begin.elapsed());
-                setsockopt(&descriptor, Linger, &at_once).context("SO_LINGER")?;
+                setsockopt(&descriptor, Linger, &AT_ONCE).context("SO_LINGER")?;
+            }
+        }
+        What::FirstPacket => {
+            let watch = Handshakes::watch()?;
+            // That took a while.
+            slices = Collector::new(slice.duration);
+            while slices.goes_on() {
+                let stream = tcp(family, draw.next())?;
+                let port = stream.local_addr().context("getsockname")?.port();
+                slices.keep(watch.round_trip(port)?);
+                setsockopt(&stream, Linger, &AT_ONCE).context("SO_LINGER")?;
             }
         }
         What::TcpCrr => {
@@ -207,6 +217,36 @@ fn round_trip(stream: &mut TcpStream) -> Result<()> {
     stream.read_exact(&mut answer).context("receiving a byte")?;
     if answer != [ECHO] {
         bail!("sent {ECHO}, received {answer:?}");
+    }
+    Ok(())
+}
+
+/// Whether a destination is led to a backend, and the backend sees who asks as it should.
+fn check(family: AddressFamily, target: &(impl SockaddrLike + Display), check: Check) -> Result<()> {
+    match check {
+        Check::Socket(source) => {
+            let found = source_of(family, target)?;
+            ensure!(
+                found == source,
+                "{target} is led nowhere: the socket's address is {found}, not {source}"
+            );
+        }
+        Check::Server { tag, source, is_kept } => {
+            let mut stream = tcp(family, target)?;
+            stream.set_read_timeout(Some(PATIENCE)).context("SO_RCVTIMEO")?;
+            stream.write_all(&[WHO]).context("asking who answers")?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).context("waiting for who answers")?;
+            let told =
+                answer.split_once(' ').and_then(|(tag, seen)| Some((tag, seen.parse::<IpAddr>().ok()?)));
+            let is_right =
+                |(found, seen): (&str, IpAddr)| found.as_bytes() == [tag] && (seen == source) == is_kept;
+            ensure!(
+                told.is_some_and(is_right),
+                "{target} was asked by {source}, and answered {answer:?}; the source shall be {}",
+                if is_kept { "kept" } else { "replaced" }
+            );
+        }
     }
     Ok(())
 }

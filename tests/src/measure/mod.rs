@@ -5,6 +5,7 @@
 //! (`getpeername` names the VIP, by design).
 
 mod cpu;
+mod first;
 mod loops;
 pub mod packets;
 mod server;
@@ -36,7 +37,8 @@ const STREAM_BLOCK_BYTES: usize = 64 * 1024;
 const ECHO: u8 = b'e';
 const SWALLOW: u8 = b's';
 
-/// A datagram of this byte is answered with the server's tag, any other with itself.
+/// A datagram of this byte is answered with the server's tag, any other with itself; a connection that begins with it is
+/// told the tag and the address that it comes from.
 const WHO: u8 = b'?';
 
 /// An order to a lab client.
@@ -119,6 +121,8 @@ pub enum What {
     UdpSocket,
     /// `connect` of a new TCP socket, which is then reset.
     TcpConnect,
+    /// The same, from the SYN that leaves the client's device to the SYN-ACK that reaches it.
+    FirstPacket,
     /// Connect, one byte there, one back, close.
     TcpCrr,
     /// One byte there and one back, on one connection.
@@ -127,6 +131,22 @@ pub enum What {
     UdpExchange,
     /// Bytes over one connection, one way.
     Stream,
+}
+
+/// How it is told, before a slice, that destinations are led to a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Check {
+    /// By the source address that the kernel gives a socket.
+    Socket(IpAddr),
+    /// By the server, over TCP.
+    Server {
+        /// Who answers.
+        tag: u8,
+        /// The client's own address.
+        source: IpAddr,
+        /// Whether that is what the server sees, or anything else.
+        is_kept: bool,
+    },
 }
 
 /// A short time of measuring.
@@ -142,8 +162,8 @@ pub struct Slice {
     pub cpu: Option<usize>,
     /// Draws the destinations.
     pub seed: u64,
-    /// The source address of sockets that are led to a backend; checked before the slice.
-    pub source: Option<IpAddr>,
+    /// What is checked first.
+    pub check: Check,
     /// The network namespace in which the client measures, and stays; its own if absent.
     pub netns: Option<PathBuf>,
 }

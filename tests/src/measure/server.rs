@@ -43,7 +43,7 @@ pub(super) fn serve(address: SocketAddr, cpu: Option<usize>, tag: u8) -> Result<
         let mut buffer = vec![0; STREAM_BLOCK_BYTES * 4];
         for stream in listener.incoming().flatten() {
             // A connection that ends in an error was reset by a client that wanted no more than to connect.
-            let _ = answer(stream, &mut buffer);
+            let _ = answer(stream, &mut buffer, tag);
         }
     })?;
 
@@ -77,7 +77,7 @@ fn listen_only_to_own_family(descriptor: &OwnedFd, address: SocketAddr) -> Resul
     Ok(())
 }
 
-fn answer(mut stream: TcpStream, buffer: &mut [u8]) -> std::io::Result<()> {
+fn answer(mut stream: TcpStream, buffer: &mut [u8], tag: u8) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
     loop {
         let length = stream.read(buffer)?;
@@ -85,6 +85,10 @@ fn answer(mut stream: TcpStream, buffer: &mut [u8]) -> std::io::Result<()> {
         if bytes.first() == Some(&SWALLOW) {
             while stream.read(buffer)? > 0 {}
             return Ok(());
+        }
+        if bytes == [WHO] {
+            let (tag, seen) = (char::from(tag), stream.peer_addr()?.ip());
+            return stream.write_all(format!("{tag} {seen}").as_bytes());
         }
         if bytes.starts_with(GET) {
             let ends = bytes.windows(CLOSE.len()).any(|part| part == CLOSE);

@@ -32,7 +32,8 @@ impl Tap {
         netns.run(|| Self::open_here(device))?.with_context(|| format!("opening the device {device}"))
     }
 
-    fn open_here(device: &str) -> Result<Self> {
+    /// Opens a device of the calling thread's namespace.
+    pub(crate) fn open_here(device: &str) -> Result<Self> {
         let socket =
             socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::EthAll)
                 .context("making a packet socket (CAP_NET_RAW)")?;
@@ -47,6 +48,11 @@ impl Tap {
         let result = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) };
         Errno::result(result).context("binding a packet socket")?;
         Ok(Self { socket })
+    }
+
+    /// The packet socket itself.
+    pub(crate) fn socket(&self) -> &OwnedFd {
+        &self.socket
     }
 
     /// Sends a frame, its Ethernet header first.

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use sheave_tests::{
     client::Client,
     kubernetes::kube_proxy::Mode,
-    measure::{Slice, Spinners, What, cpu_ns, packets::EmptyHooks},
+    measure::{Check, Slice, Spinners, What, cpu_ns, packets::EmptyHooks},
 };
 
 use super::{
@@ -66,20 +66,27 @@ impl Worlds {
 }
 
 /// One way to a backend.
-struct Arm<'a> {
-    name: &'static str,
-    world: &'a World,
-    side: Side,
-    targets: u64,
-    /// Whether a socket's own address tells that it is led to a backend: kube-proxy leads packets, not sockets.
-    told: bool,
+pub(crate) struct Arm<'a> {
+    /// Which.
+    pub(crate) name: &'static str,
+    /// Where.
+    pub(crate) world: &'a World,
+    /// Where the client is.
+    pub(crate) side: Side,
+    /// What it dials.
+    pub(crate) targets: u64,
+    /// How it is told that this leads to a backend: kube-proxy leads packets, not sockets.
+    pub(crate) check: Check,
 }
 
 /// A metric of the data path.
-struct Metric {
-    id: &'static str,
-    name: &'static str,
-    what: What,
+pub(crate) struct Metric {
+    /// As `performance.md` numbers it.
+    pub(crate) id: &'static str,
+    /// For people.
+    pub(crate) name: &'static str,
+    /// What is done.
+    pub(crate) what: What,
     /// Whether client and server share a CPU.
     same_cpu: bool,
     /// The largest ratio to the direct arm that the targets allow.
@@ -90,12 +97,13 @@ struct Metric {
     peer: Option<f64>,
 }
 
-const fn metric(id: &'static str, name: &'static str, what: What, target: Option<f64>) -> Metric {
+/// A metric without a target but to the direct arm.
+pub(crate) const fn metric(id: &'static str, name: &'static str, what: What, target: Option<f64>) -> Metric {
     let same_cpu = matches!(what, What::TcpRr | What::Stream | What::UdpExchange);
     Metric { id, name, what, same_cpu, target, bystander: None, peer: None }
 }
 
-const METRICS: [Metric; 7] = [
+const METRICS: [Metric; 8] = [
     metric("p1", "UDP connect", What::UdpConnect, Some(1.06)),
     metric("p1", "UDP socket+connect+close", What::UdpSocket, None),
     metric("p1", "TCP connect", What::TcpConnect, Some(1.01)),
@@ -103,6 +111,7 @@ const METRICS: [Metric; 7] = [
     Metric { bystander: Some(1.005), ..metric("p3", "TCP RR", What::TcpRr, Some(1.005)) },
     metric("p4", "stream, CPU per byte", What::Stream, Some(1.005)),
     metric("p5", "UDP sendto+recvfrom", What::UdpExchange, Some(1.04)),
+    metric("p6", "TCP first packet, SYN to SYN-ACK", What::FirstPacket, None),
 ];
 
 impl Metric {
@@ -127,30 +136,39 @@ pub(crate) fn measure(
         let inside = |address: &SocketAddr| SocketAddr::new(address.ip(), sheave.inside_port());
         let bystander = client.targets(backends.iter().map(inside).collect())?;
         let backends = client.targets(backends)?;
-        let arm = |name, world, side, targets| Arm { name, world, side, targets, told: true };
+        let source = World::source(family, Group::A);
+        let arm = |name, world, side, targets, check| Arm { name, world, side, targets, check };
+        let led = Check::Socket(source);
         for metric in METRICS.iter().filter(|metric| options.wants(metric.id)) {
             let mut arms = vec![
-                arm(DIRECT, direct, Side::Outside, backends),
-                arm(SHEAVE, sheave, Side::Inside, vips),
-                arm("bystander", sheave, Side::Inside, bystander),
+                arm(DIRECT, direct, Side::Outside, backends, led),
+                arm(SHEAVE, sheave, Side::Inside, vips, led),
+                arm("bystander", sheave, Side::Inside, bystander, led),
             ];
             if metric.has_packets() && family == Family::V4 {
-                for peer in &worlds.peers {
-                    let arm = arm(name_of(peer.mode), &peer.world, Side::Outside, vips);
-                    arms.push(Arm { told: false, ..arm });
+                let asked = Check::Server { tag: Group::A.tag(), source, is_kept: true };
+                for Peer { mode, world, .. } in &worlds.peers {
+                    arms.push(arm(name_of(*mode), world, Side::Outside, vips, asked));
                 }
             }
             // What hooks cost by themselves: no proxy that has them can be cheaper.
-            arms.push(arm(EMPTY, hooked, Side::Inside, backends));
-            arms.push(arm(AGAIN, again, Side::Outside, backends));
-            let row = worlds.still(|| one(client, metric, family, effort, &arms))?;
-            report.add(row);
+            arms.push(arm(EMPTY, hooked, Side::Inside, backends, led));
+            arms.push(arm(AGAIN, again, Side::Outside, backends, led));
+            let name = format!("{} {}", metric.name, family.name());
+            report.add(worlds.still(|| one(client, metric, name, effort, &arms))?);
         }
     }
     Ok(())
 }
 
-fn one(client: &Client, metric: &Metric, family: Family, effort: &Effort, arms: &[Arm<'_>]) -> Result<Row> {
+/// Measures a metric in all its arms, the first of which is what the others are compared with.
+pub(crate) fn one(
+    client: &Client,
+    metric: &Metric,
+    name: String,
+    effort: &Effort,
+    arms: &[Arm<'_>],
+) -> Result<Row> {
     // Whatever shares a CPU keeps it awake by itself.
     let spinners = if metric.same_cpu { None } else { Some(Spinners::start(CLIENT_CPU + 1)?) };
     let mut values = vec![Vec::new(); arms.len()];
@@ -162,8 +180,8 @@ fn one(client: &Client, metric: &Metric, family: Family, effort: &Effort, arms: 
         }
         for (arm, (values, p99)) in order {
             go_on()?;
-            let (value, tail) = slice(client, metric, family, effort, arm, u64::from(round))
-                .with_context(|| format!("{} {}, {}", metric.name, family.name(), arm.name))?;
+            let (value, tail) = slice(client, metric, effort, arm, u64::from(round))
+                .with_context(|| format!("{name}, {}", arm.name))?;
             // The first round fills caches and neighbour tables.
             if round > 0 {
                 values.push(value);
@@ -173,7 +191,6 @@ fn one(client: &Client, metric: &Metric, family: Family, effort: &Effort, arms: 
     }
     drop(spinners);
     let services = arms.first().map_or(0, |arm| arm.world.scale.services);
-    let name = format!("{} {}", metric.name, family.name());
     let unit = if metric.what == What::Stream { "CPU-ns/kB" } else { "ns" };
     let mut row = Row::new(metric.id, name, unit, services, Some(NOISE_MAX));
     for (arm, (values, p99)) in arms.iter().zip(values.into_iter().zip(p99)) {
@@ -192,15 +209,8 @@ fn one(client: &Client, metric: &Metric, family: Family, effort: &Effort, arms: 
 }
 
 /// A slice's value, and its 99th percentile where it has samples.
-fn slice(
-    client: &Client,
-    metric: &Metric,
-    family: Family,
-    effort: &Effort,
-    arm: &Arm<'_>,
-    seed: u64,
-) -> Result<(f64, f64)> {
-    let Arm { world, side, targets, .. } = *arm;
+fn slice(client: &Client, metric: &Metric, effort: &Effort, arm: &Arm<'_>, seed: u64) -> Result<(f64, f64)> {
+    let Arm { name: _, world, side, targets, check } = *arm;
     world.admit(client, side)?;
     // Old entries would make new connections look cheap.
     world.node()?.host().netns().forget_connections()?;
@@ -210,8 +220,8 @@ fn slice(
         duration: effort.slice,
         cpu: Some(if metric.same_cpu { SERVER_CPU } else { CLIENT_CPU }),
         seed: seed + 1,
-        source: arm.told.then(|| World::source(family, Group::A)),
-        netns: Some(world.client_netns()?),
+        check,
+        netns: Some(world.client_netns(side)?),
     };
     let used = || world.servers().chain([client.pid()]).map(cpu_ns).sum::<Result<u64>>();
     let before = used()?;

@@ -8,6 +8,7 @@ mod api;
 mod baseline;
 mod control;
 mod data;
+mod outside;
 mod packets;
 mod paths;
 mod peers;
@@ -24,7 +25,7 @@ use std::{
     env, fs,
     os::unix::process::CommandExt,
     path::PathBuf,
-    process::Command,
+    process::{self, Command},
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -53,6 +54,9 @@ use crate::{
 
 /// Half the width of the interval around one that two equal arms may have.
 pub(crate) const NOISE_MAX: f64 = 0.02;
+
+/// What can be asked for.
+const IDS: &str = "p1 p2 p3 p4 p5 p6 p8 p10 p11 a1 a2 a3 a4 a6 tools api";
 
 /// Set by Ctrl-C.
 static STOPPED: AtomicBool = AtomicBool::new(false);
@@ -98,7 +102,7 @@ pub(crate) struct Options {
         conflicts_with_all = ["full", "quick", "smoke", "services", "add", "check", "publish", "report", "ids"]
     )]
     vm: Option<Kernel>,
-    /// Metrics: p1 p2 p3 p4 p5 p8 p11 a1 a2 a3 a4 a6 tools (a4 has a5, p1 has p7 and p12); without, all of these. Only when named: api,
+    /// Metrics: p1 p2 p3 p4 p5 p6 p8 p10 p11 a1 a2 a3 a4 a6 tools (a4 has a5, p1 has p7 and p12); without, all of these. Only when named: api,
     /// an agent beside a real API server, which takes ten minutes at 10,000 Services
     ids: Vec<String>,
 }
@@ -200,24 +204,8 @@ pub(crate) fn prepared(binaries: &Binaries) -> Result<()> {
 /// Runs the benchmark and writes `target/bench/`.
 pub(crate) fn run(options: &Options) -> Result<()> {
     for id in &options.ids {
-        let known = [
-            "p1",
-            "p2",
-            "p3",
-            "p4",
-            "p5",
-            packets::ID,
-            paths::ID,
-            "a1",
-            "a2",
-            "a3",
-            "a4",
-            "a6",
-            tools::ID,
-            api::ID,
-        ];
-        if !known.contains(&id.to_lowercase().as_str()) {
-            bail!("no metric {id}: {}", known.join(" "));
+        if !IDS.split(' ').any(|known| known.eq_ignore_ascii_case(id)) {
+            bail!("no metric {id}: {IDS}");
         }
     }
     // Threads started later inherit the mask; commands start with an empty one.
@@ -225,8 +213,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     interrupts.thread_block().context("holding back Ctrl-C")?;
     thread::spawn(move || {
         if interrupts.wait().is_ok() {
-            eprintln!("\nstopping: the current slice ends first, then everything is removed");
             STOPPED.store(true, Ordering::Relaxed);
+            eprintln!("\nstopping: what is in progress ends first, then everything is removed");
+        }
+        if interrupts.wait().is_ok() {
+            eprintln!("\nended at once: the next run removes what is left");
+            process::exit(130);
         }
     });
     let effort = options.effort();
@@ -236,6 +228,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     // What there is so far is kept, whatever came then.
     report.growth();
     report.write()?;
+    // A terminal interrupts the lab's processes as well: what they say then is not what happened.
+    go_on()?;
     measured?;
     println!("── all of it took {}; see {}", seconds(started.elapsed()), report.directory().display());
     if options.publish {
@@ -247,9 +241,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 /// All that is wanted, size by size.
 fn measure(options: &Options, effort: &Effort, report: &mut Report) -> Result<()> {
     for services in &effort.sizes {
-        let data = ["p1", "p2", "p3", "p4", "p5", tools::ID].iter().any(|id| options.wants(id));
+        let data = ["p1", "p2", "p3", "p4", "p5", "p6", tools::ID].iter().any(|id| options.wants(id));
         if data {
-            let worlds = worlds(*services, effort, options.alone)?;
+            let worlds = worlds(Scale::of_clients(*services, effort), options.alone, World::new)?;
             data::measure(&worlds, options, effort, report)?;
             if options.wants(tools::ID) {
                 tools::measure(&worlds, effort, report)?;
@@ -262,6 +256,10 @@ fn measure(options: &Options, effort: &Effort, report: &mut Report) -> Result<()
         if options.wants(paths::ID) {
             println!("── {services} Services, programs by themselves");
             paths::measure(*services, effort, report)?;
+        }
+        if options.wants(outside::ID) {
+            println!("── {services} Services, clients outside");
+            outside::measure(*services, options.alone, effort, report)?;
         }
         if ["a1", "a2", "a4", "a6"].iter().any(|id| options.wants(id)) {
             let scale = Scale {
@@ -288,14 +286,8 @@ fn measure(options: &Options, effort: &Effort, report: &mut Report) -> Result<()
 }
 
 /// The worlds of the data path at a size, each with its proxy at work.
-fn worlds(services: u32, effort: &Effort, alone: bool) -> Result<Worlds> {
-    let scale = Scale {
-        services,
-        endpoints: effort.endpoints,
-        dual_stack: true,
-        protocols: &["TCP", "UDP"],
-        node_ports: false,
-    };
+fn worlds(scale: Scale, alone: bool, new_world: fn(Scale) -> Result<World>) -> Result<Worlds> {
+    let services = scale.services;
     let mut peers = Vec::new();
     let mut hub = None;
     if !alone {
@@ -305,33 +297,26 @@ fn worlds(services: u32, effort: &Effort, alone: bool) -> Result<Worlds> {
         for (number, mode) in [(1, Mode::Nftables), (2, Mode::Iptables)] {
             go_on()?;
             let started = Instant::now();
-            let mut peer = Peer::start(&new, World::new(scale)?, number, mode)?;
+            let mut peer = Peer::start(&new, new_world(scale)?, number, mode)?;
             let synced = peer.await_synced(started)?;
             println!("── {services} Services, kube-proxy {}: serves after {}", mode.name(), seconds(synced));
             peers.push(peer);
         }
         hub = Some(new);
     }
-    let mut sheave = World::new(scale)?;
+    let mut sheave = new_world(scale)?;
     sheave.write_manifests()?;
     let synced = sheave.start_agent()?;
-    println!("── {services} Services, Sheave, both families: synced after {}", seconds(synced));
-    let hooked = World::new(scale)?;
-    // All that have a pod behind them.
+    println!("── {services} Services, Sheave: synced after {}", seconds(synced));
+    let hooked = new_world(scale)?;
     let hooks = EmptyHooks::new(
         &hooked.cgroup(Side::Inside)?,
         hooked.node()?.host().netns(),
-        &["veth1", "veth2", "veth3"],
+        // Where the agent has its own.
+        &["eth0", "veth1", "veth2", "veth3"],
     )?;
-    Ok(Worlds {
-        direct: World::new(scale)?,
-        again: World::new(scale)?,
-        _hooks: hooks,
-        hooked,
-        sheave,
-        peers,
-        hub,
-    })
+    let (direct, again) = (new_world(scale)?, new_world(scale)?);
+    Ok(Worlds { direct, again, _hooks: hooks, hooked, sheave, peers, hub })
 }
 
 /// Ends the work when somebody pressed Ctrl-C; what is dropped on the way up removes itself.

@@ -13,6 +13,8 @@ use std::{
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+use super::Effort;
+
 /// What the Services' ports are, and what backends listen on.
 pub(crate) const PORT: u16 = 80;
 pub(crate) const TARGET_PORT: u16 = 8080;
@@ -134,6 +136,12 @@ fn numbered(family: Family, v4: Ipv4Addr, v6: Ipv6Addr, number: u32) -> IpAddr {
 }
 
 impl Scale {
+    /// What clients of the data path use, without ports of the node.
+    pub(crate) fn of_clients(services: u32, effort: &Effort) -> Self {
+        let protocols = &["TCP", "UDP"];
+        Self { services, endpoints: effort.endpoints, dual_stack: true, protocols, node_ports: false }
+    }
+
     /// The families of its Services.
     pub(crate) fn families(&self) -> &'static [Family] {
         if self.dual_stack { &[Family::V4, Family::V6] } else { &[Family::V4] }

@@ -13,7 +13,7 @@ use sheave_tests::{
     agent::{Agent, sheave},
     cgroup,
     client::Client,
-    lab::{Lab, Node},
+    lab::{Lab, Node, Place, Shape},
     manifests::lab_node,
 };
 
@@ -26,6 +26,14 @@ pub(crate) const SERVER_CPU: usize = 0;
 /// What the largest size may take on a busy machine.
 const SYNCED_WITHIN: Duration = Duration::from_secs(600);
 
+/// Many connections of one address to one other: what a busy client's namespace has set. A lost SYN fails after seconds
+/// instead of minutes.
+const BUSY_CLIENT: [(&str, &str); 3] = [
+    ("net/ipv4/ip_local_port_range", "1024 65535"),
+    ("net/ipv4/tcp_tw_reuse", "1"),
+    ("net/ipv4/tcp_syn_retries", "2"),
+];
+
 /// Where a client is while it measures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Side {
@@ -33,6 +41,8 @@ pub(crate) enum Side {
     Inside,
     /// In a cgroup under no program.
     Outside,
+    /// The same, on a machine that is no part of the cluster.
+    Elsewhere,
 }
 
 /// See the module.
@@ -51,14 +61,19 @@ pub(crate) struct World {
 impl World {
     /// Makes the lab; nobody serves its Services.
     pub(crate) fn new(scale: Scale) -> Result<Self> {
-        let lab = Lab::new(3)?;
-        let node = lab.node(0)?;
-        lay_routes(node)?;
-        let client_pod = node.pod(0)?;
-        // Many connections of one address to one VIP: what a busy client's namespace has set.
-        client_pod
-            .netns()
-            .sysctls(&[("net/ipv4/ip_local_port_range", "1024 65535"), ("net/ipv4/tcp_tw_reuse", "1")])?;
+        Self::of_nodes(1, scale)
+    }
+
+    /// The same with a second node, where the backends are.
+    pub(crate) fn of_two_nodes(scale: Scale) -> Result<Self> {
+        Self::of_nodes(2, scale)
+    }
+
+    fn of_nodes(nodes: u8, scale: Scale) -> Result<Self> {
+        let lab = Lab::with(Shape { nodes, pods: 3 })?;
+        lay_routes(&lab)?;
+        let client_pod = lab.pod(0)?;
+        client_pod.netns().sysctls(&BUSY_CLIENT)?;
         let mut world = Self {
             agent: None,
             client: client_pod.client()?,
@@ -76,11 +91,11 @@ impl World {
         let outside = self.cgroup(Side::Outside)?;
         for (index, group) in [(1, Group::A), (2, Group::B)] {
             // Outside: what a server's own sockets cost under the programs is measured by the bystander arm alone.
-            let server = self.lab.pod(index)?.under(outside.clone()).client()?;
+            let server = home(&self.lab)?.pod(index)?.under(outside.clone()).client()?;
             server.serve_measured(TARGET_PORT, Some(SERVER_CPU), group.tag())?;
             self.servers.push(server);
         }
-        let server = self.lab.pod(1)?.client()?;
+        let server = home(&self.lab)?.pod(1)?.client()?;
         server.serve_measured(self.inside_port, Some(SERVER_CPU), Group::A.tag())?;
         self.servers.push(server);
         Ok(())
@@ -172,7 +187,7 @@ impl World {
     pub(crate) fn cgroup(&self, side: Side) -> Result<PathBuf> {
         Ok(match side {
             Side::Inside => self.lab.pod(0)?.cgroup().to_owned(),
-            Side::Outside => self.lab.cgroup().join("bench-outside"),
+            Side::Outside | Side::Elsewhere => self.lab.cgroup().join("bench-outside"),
         })
     }
 
@@ -183,9 +198,19 @@ impl World {
             .with_context(|| format!("moving a client to {}", members.display()))
     }
 
-    /// Where a measuring client's sockets are made: the client pod's namespace.
-    pub(crate) fn client_netns(&self) -> Result<PathBuf> {
-        Ok(self.lab.pod(0)?.netns().path())
+    /// Where a measuring client's sockets are made.
+    pub(crate) fn client_netns(&self, side: Side) -> Result<PathBuf> {
+        Ok(match side {
+            Side::Inside | Side::Outside => self.lab.pod(0)?.netns().path(),
+            Side::Elsewhere => self.lab.outside().netns().path(),
+        })
+    }
+
+    /// Lets the machine outside reach backends by their own addresses, and make many connections.
+    pub(crate) fn open(&self) -> Result<()> {
+        let (outside, node) = (self.lab.outside().netns(), self.node()?.host().v4());
+        outside.ip(&format!("route add {} via {node}\n", Group::A.prefix_v4()))?;
+        outside.sysctls(&BUSY_CLIENT)
     }
 
     /// The source address of the client's sockets towards a group.
@@ -198,22 +223,29 @@ impl World {
     }
 }
 
+/// The node that has the backends: the last one.
+fn home(lab: &Lab) -> Result<&Node> {
+    lab.nodes().last().context("a node")
+}
+
 /// Leads the groups' prefixes to their pods, and gives the client a source address towards each.
-fn lay_routes(node: &Node) -> Result<()> {
-    let mut host = String::new();
-    let mut client = String::new();
+fn lay_routes(lab: &Lab) -> Result<()> {
+    let (node, home) = (lab.node(0)?, home(lab)?);
+    let (near, far) = (node.host(), home.host());
+    let (mut to_node, mut to_home, mut client) = (String::new(), String::new(), String::new());
     for (index, group) in [(1, Group::A), (2, Group::B)] {
-        let pod = node.pod(index)?;
+        let pod = home.pod(index)?;
         let (v4, v6) = (group.prefix_v4(), group.prefix_v6());
         pod.netns().ip(&format!("route add local {v4} dev lo\nroute add local {v6} dev lo\n"))?;
         // An answer comes from the address that was asked, which is routed here but is on no device.
         pod.netns().sysctls(&[("net/ipv6/ip_nonlocal_bind", "1")])?;
         let device = format!("veth{}", index + 1);
-        host += &format!(
+        to_home += &format!(
             "route add {v4} via {} dev {device}\nroute add {v6} via {} dev {device}\n",
             pod.v4(),
             pod.v6()
         );
+        to_node += &format!("route add {v4} via {}\nroute add {v6} via {}\n", far.v4(), far.v6());
         let (source_v4, source_v6) = group.sources();
         client += &format!(
             "address add {source_v4}/32 dev lo\naddress add {source_v6}/128 dev lo nodad\n\
@@ -222,11 +254,19 @@ fn lay_routes(node: &Node) -> Result<()> {
         );
     }
     let pod = node.pod(0)?;
-    host += &format!(
-        "route add 10.202.0.0/16 via {} dev veth1\nroute add fd00:202::/64 via {} dev veth1\n",
-        pod.v4(),
-        pod.v6()
-    );
+    let to_client = |via: &Place| {
+        format!("route add 10.202.0.0/16 via {}\nroute add fd00:202::/64 via {}\n", via.v4(), via.v6())
+    };
     pod.netns().ip(&client)?;
-    node.host().netns().ip(&host)
+    near.netns().ip(&to_client(pod))?;
+    if lab.nodes().len() > 1 {
+        near.netns().ip(&to_node)?;
+        // Answers to the machine outside take the same way back, though there is a shorter one.
+        let outside = lab.outside().v4();
+        far.netns().ip(&format!("{}route add {outside} via {}\n", to_client(near), near.v4()))?;
+        let silent = ["all", "eth0"].map(|device| format!("net/ipv4/conf/{device}/send_redirects"));
+        let silent: Vec<_> = silent.iter().map(|key| (key.as_str(), "0")).collect();
+        [near, far].iter().try_for_each(|host| host.netns().sysctls(&silent))?;
+    }
+    far.netns().ip(&to_home)
 }
