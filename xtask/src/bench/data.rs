@@ -136,9 +136,8 @@ pub(crate) fn measure(
         let inside = |address: &SocketAddr| SocketAddr::new(address.ip(), sheave.inside_port());
         let bystander = client.targets(backends.iter().map(inside).collect())?;
         let backends = client.targets(backends)?;
-        let source = World::source(family, Group::A);
         let arm = |name, world, side, targets, check| Arm { name, world, side, targets, check };
-        let led = Check::Socket(source);
+        let led = Check::Socket(World::source(family, Group::A));
         for metric in METRICS.iter().filter(|metric| options.wants(metric.id)) {
             let mut arms = vec![
                 arm(DIRECT, direct, Side::Outside, backends, led),
@@ -146,8 +145,10 @@ pub(crate) fn measure(
                 arm("bystander", sheave, Side::Inside, bystander, led),
             ];
             if metric.has_packets() && family == Family::V4 {
-                let asked = Check::Server { tag: Group::A.tag(), source, is_kept: true };
                 for Peer { mode, world, .. } in &worlds.peers {
+                    // The way to a VIP is the client's default route.
+                    let source = world.lab().pod(0)?.v4().into();
+                    let asked = Check::Server { tag: Group::A.tag(), source, is_kept: true };
                     arms.push(arm(name_of(*mode), world, Side::Outside, vips, asked));
                 }
             }

@@ -10,12 +10,12 @@ use super::{
 };
 
 /// Of the plots of ratios: what is left of the axis, and the axis.
-const LEFT: f64 = 330.0;
+const LEFT: f64 = 390.0;
 const WIDTH: f64 = 560.0;
 
 /// Between arms, and between metrics besides.
-const STEP: f64 = 9.0;
-const GAP: f64 = 12.0;
+const STEP: f64 = 6.0;
+const GAP: f64 = 9.0;
 
 /// Where axes of ratios may have numbers: many where they are short, few where they are long.
 const MARKS: [&[f64]; 2] = [
@@ -24,9 +24,9 @@ const MARKS: [&[f64]; 2] = [
 ];
 
 /// Of the plots of growth: a panel, what it has in it, and how many are side by side.
-const PANEL: (f64, f64) = (290.0, 215.0);
-const INSIDE: (f64, f64) = (210.0, 140.0);
-const PANELS: usize = 4;
+const PANEL: (f64, f64) = (400.0, 205.0);
+const INSIDE: (f64, f64) = (310.0, 130.0);
+const PANELS: usize = 3;
 
 /// All plots that have something to show, by name, as SVG. What is void is not shown, nor is what has no second arm like
 /// the first.
@@ -88,7 +88,7 @@ fn ratios(title: &str, rows: &[&Row]) -> Option<String> {
             y += STEP;
         }
         y += GAP;
-        line(&mut body, (0.0, y - STEP), (LEFT + WIDTH + 60.0, y - STEP), "#eeeeee");
+        line(&mut body, (0.0, y - 7.0), (LEFT + WIDTH + 60.0, y - 7.0), "#eeeeee");
     }
     let mut axis = String::new();
     let marks = MARKS[usize::from(high / low > 3.0)];
@@ -134,7 +134,7 @@ fn growth(rows: &[&Row]) -> Option<String> {
             text(&mut body, left - 4.0, y(high * part) + 4.0, "end", &format!("{:.0}", high * part));
         }
         for row in &rows {
-            text(&mut body, x(row.services), top + INSIDE.1 + 14.0, "middle", &row.services.to_string());
+            text(&mut body, x(row.services), top + INSIDE.1 + 14.0, "middle", &short(row.services));
         }
         for name in arms {
             let mut before = None;
@@ -152,6 +152,11 @@ fn growth(rows: &[&Row]) -> Option<String> {
     let size = (PANEL.0 * PANELS as f64, legend + panels.div_ceil(PANELS) as f64 * PANEL.1 + 20.0);
     let title = "p7, growth: cost by the number of Services, 95 % intervals";
     (panels > 0).then(|| page(size, title, &body))
+}
+
+/// A number of Services in little room.
+fn short(services: u32) -> String {
+    if services.is_multiple_of(1000) { format!("{}k", services / 1000) } else { services.to_string() }
 }
 
 /// Which colour is which arm; returns where that ends.
@@ -178,7 +183,7 @@ fn line(svg: &mut String, (x1, y1): (f64, f64), (x2, y2): (f64, f64), colour: &s
 }
 
 fn dot(svg: &mut String, (x, y): (f64, f64), colour: &str) {
-    let _ = writeln!(svg, r#"<circle cx="{x:.1}" cy="{y:.1}" r="3.5" fill="{colour}"/>"#);
+    let _ = writeln!(svg, r#"<circle cx="{x:.1}" cy="{y:.1}" r="3" fill="{colour}"/>"#);
 }
 
 fn text(svg: &mut String, x: f64, y: f64, anchor: &str, text: &str) {
