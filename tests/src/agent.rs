@@ -210,8 +210,14 @@ impl Agent {
 
     /// Waits until the agent says that it has synced.
     pub fn wait_synced(&mut self, within: Duration) -> Result<()> {
+        self.wait_synced_while(within, || Ok(()))
+    }
+
+    /// The same, as long as there is a reason to wait.
+    pub fn wait_synced_while(&mut self, within: Duration, go_on: impl Fn() -> Result<()>) -> Result<()> {
         let deadline = Instant::now() + within;
         loop {
+            go_on()?;
             if let Some(status) = self.child.try_wait().context("looking after the agent")? {
                 bail!("the agent ended early ({status}); its log ends:\n{}", self.log_tail());
             }

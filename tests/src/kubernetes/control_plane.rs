@@ -340,6 +340,8 @@ impl Process {
         }
         let child = command
             .stdin(Stdio::null())
+            // A terminal's Ctrl-C is for whoever started it: what is waited for does not end before.
+            .process_group(0)
             .stdout(output.try_clone().context("sharing a log")?)
             .stderr(output)
             .spawn()

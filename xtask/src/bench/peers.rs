@@ -42,11 +42,13 @@ impl Hub {
         let plane = ControlPlane::start(&lab)?;
         let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}, "status": {"phase": "Active"}});
         plane.store([(format!("namespaces/{NAMESPACE}"), namespace)])?;
-        plane.store(scale.objects().chain(Scale::tools()).map(|object| {
+        let objects = scale.objects().chain(Scale::tools()).take_while(|_| go_on().is_ok());
+        plane.store(objects.map(|object| {
             let text = |pointer| object.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
             let kind = if text("/kind") == "Service" { "services/specs" } else { "endpointslices" };
             (format!("{kind}/{}/{}", text("/metadata/namespace"), text("/metadata/name")), object)
         }))?;
+        go_on()?;
         Ok(Self { plane, _lab: lab })
     }
 

@@ -17,7 +17,10 @@ use sheave_tests::{
     manifests::lab_node,
 };
 
-use super::scale::{CLUSTER_CIDR, Family, Group, Scale, TARGET_PORT};
+use super::{
+    go_on,
+    scale::{CLUSTER_CIDR, Family, Group, Scale, TARGET_PORT},
+};
 
 /// Where the client under measurement runs, and where the servers do.
 pub(crate) const CLIENT_CPU: usize = 1;
@@ -163,7 +166,7 @@ impl World {
 
     /// Waits until the agent says that it has synced.
     pub(crate) fn await_agent(&mut self) -> Result<()> {
-        self.agent.as_mut().context("no agent runs")?.wait_synced(SYNCED_WITHIN)
+        self.agent.as_mut().context("no agent runs")?.wait_synced_while(SYNCED_WITHIN, go_on)
     }
 
     /// Ends the agent at once; what is in the kernel stays.
