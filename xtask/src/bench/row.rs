@@ -86,15 +86,20 @@ impl Row {
 
     /// Adds an arm; `rounds` has a value for each round, in the same order as the first arm's.
     pub(crate) fn add(&mut self, name: &str, rounds: Vec<f64>, p99: Option<f64>) {
+        // Counts may be zero, and small differences below: nothing is a multiple of that.
         let ratio = self.arms.first().map(|first| Estimate::of_ratios(&rounds, &first.rounds));
+        let ratio = ratio.filter(Estimate::is_ratio);
         self.arms.push(Arm { name: name.to_owned(), value: Estimate::of(&rounds), ratio, p99, rounds });
     }
 
-    /// Compares arms; those that are not there are left out.
+    /// Compares arms; those that are not there, or are zero or less, are left out.
     pub(crate) fn compare(&mut self, goals: &[Goal]) {
         for Goal { arm, to, at_most } in goals {
             if let (Some(one), Some(other)) = (self.arm(arm), self.arm(to)) {
                 let ratio = Estimate::of_ratios(&one.rounds, &other.rounds);
+                if !ratio.is_ratio() {
+                    continue;
+                }
                 let comparison =
                     Comparison { arm: (*arm).to_owned(), to: (*to).to_owned(), ratio, at_most: *at_most };
                 self.comparisons.push(comparison);

@@ -46,6 +46,13 @@ impl Estimate {
     }
 }
 
+impl Estimate {
+    /// Whether it says something as a ratio.
+    pub(crate) fn is_ratio(&self) -> bool {
+        [self.median, self.low, self.high].iter().all(|value| value.is_finite() && *value >= 0.0)
+    }
+}
+
 /// The middle value.
 pub(crate) fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
@@ -107,6 +114,14 @@ mod tests {
         let narrow = Estimate::of(&[0.99, 1.0, 1.0, 1.0, 1.01]);
         assert!(wide.low <= wide.median && wide.median <= wide.high);
         assert!(narrow.high - narrow.low < wide.high - wide.low);
+    }
+
+    #[test]
+    fn a_ratio_to_nothing_says_nothing() {
+        assert!(Estimate::of_ratios(&[0.0], &[2.0]).is_ratio());
+        assert!(!Estimate::of_ratios(&[0.0], &[0.0]).is_ratio());
+        assert!(!Estimate::of_ratios(&[1.0], &[-2.0]).is_ratio());
+        assert!(!Estimate::of_ratios(&[2.0, 2.0, 2.0], &[0.0, 1.0, 1.0]).is_ratio());
     }
 
     #[test]
