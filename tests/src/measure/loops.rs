@@ -377,19 +377,34 @@ pub(super) fn await_answers(targets: &[SocketAddr], timeout: Duration) -> Result
     Ok(all)
 }
 
-pub(super) fn await_server(to: SocketAddr, tag: u8, timeout: Duration) -> Result<All> {
+pub(super) fn await_server(to: SocketAddr, tag: u8, looks: u32, timeout: Duration) -> Result<Change> {
     let deadline = Instant::now() + timeout;
+    let name = |tag: u8| char::from(tag).to_string();
+    let mut change = Change { to: name(tag), ..Change::default() };
     loop {
+        let begin_ns = monotonic_ns();
         let found = asked(&to, WHO, ASKED_AGAIN);
-        let last_ns = monotonic_ns();
-        if found.as_ref().is_ok_and(|found| *found == tag) {
-            return Ok(All { last_ns, all_ns: last_ns, late: 0 });
+        change.looks += 1;
+        match &found {
+            Ok(found) if *found == tag => {
+                change.first_new_ns = monotonic_ns();
+                break;
+            }
+            Ok(found) => (change.from, change.last_old_ns) = (name(*found), begin_ns),
+            Err(_) => change.failures += 1,
         }
         if Instant::now() > deadline {
             bail!("{to} was not answered by {tag} within {timeout:?}, the last time: {found:?}");
         }
         thread::sleep(LOOK_PAUSE / 5);
     }
+    for _ in 0..looks {
+        match asked(&to, WHO, ASKED_AGAIN) {
+            Ok(found) => change.stale += u64::from(found != tag),
+            Err(_) => change.failures += 1,
+        }
+    }
+    Ok(change)
 }
 
 /// Asks from a new socket, so that nothing of an earlier question is in the way.
@@ -406,4 +421,31 @@ fn asked(target: &SocketAddr, question: u8, within: Duration) -> Result<u8> {
 
 pub(super) fn family_of(address: SocketAddr) -> AddressFamily {
     if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A server that answers from a script: the old one, nobody (0), the new one, and the old one once more.
+    #[test]
+    fn a_removed_server_that_answers_again_is_seen() {
+        let server = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let to = server.local_addr().unwrap();
+        let script = *b"AA\0BBABB";
+        let serving = thread::spawn(move || {
+            for tag in script {
+                let (_, from) = server.recv_from(&mut [0; 8]).unwrap();
+                if tag > 0 {
+                    server.send_to(&[tag], from).unwrap();
+                }
+            }
+        });
+        let looks = u32::try_from(script.len()).unwrap() - 4;
+        let change = await_server(to, b'B', looks, Duration::from_secs(5)).unwrap();
+        serving.join().unwrap();
+        assert_eq!((change.from.as_str(), change.to.as_str()), ("A", "B"));
+        assert_eq!((change.looks, change.failures, change.stale), (4, 1, 1));
+        assert!(change.last_old_ns < change.first_new_ns);
+    }
 }

@@ -77,12 +77,14 @@ pub enum Order {
         /// When to give up.
         timeout: Duration,
     },
-    /// Asks over UDP who answers, until it is the one with this tag.
+    /// Asks over UDP who answers, until it is the one with this tag, and then some times more.
     AwaitServer {
         /// Where.
         to: SocketAddr,
         /// Who.
         tag: u8,
+        /// How many times more.
+        looks: u32,
         /// When to give up.
         timeout: Duration,
     },
@@ -194,7 +196,7 @@ pub struct Change {
     pub looks: u64,
     /// Looks that saw neither.
     pub failures: u64,
-    /// Looks that saw the old one again after the new one.
+    /// Looks that saw the old one (who asks for a server: any other) again after the new one.
     pub stale: u64,
 }
 
@@ -258,12 +260,12 @@ impl Client {
         Ok(all)
     }
 
-    /// Waits until a destination is answered by the server with this tag; returns when, on `CLOCK_MONOTONIC`.
-    pub fn await_server(&self, to: SocketAddr, tag: u8, timeout: Duration) -> Result<u64> {
-        let Outcome::All(all) = self.order(Order::AwaitServer { to, tag, timeout })? else {
-            bail!("no times came back")
+    /// Waits until a destination is answered by the server with this tag, and looks so many times more.
+    pub fn await_server(&self, to: SocketAddr, tag: u8, looks: u32, timeout: Duration) -> Result<Change> {
+        let Outcome::Change(change) = self.order(Order::AwaitServer { to, tag, looks, timeout })? else {
+            bail!("no change came back")
         };
-        Ok(all.last_ns)
+        Ok(change)
     }
 
     fn order(&self, order: Order) -> Result<Outcome> {
@@ -318,7 +320,9 @@ impl Bench {
             Order::AwaitAll { targets, source, timeout } => {
                 await_all(self.get(targets)?, source, timeout).map(Outcome::All)
             }
-            Order::AwaitServer { to, tag, timeout } => await_server(to, tag, timeout).map(Outcome::All),
+            Order::AwaitServer { to, tag, looks, timeout } => {
+                await_server(to, tag, looks, timeout).map(Outcome::Change)
+            }
             Order::AwaitAnswers { targets, timeout } => {
                 await_answers(self.get(targets)?, timeout).map(Outcome::All)
             }

@@ -32,10 +32,10 @@ pub(crate) fn measure(
     } else {
         world.start_agent()?;
     }
-    if options.wants("a4") {
+    if options.wants("a4") || options.wants("a5") {
         memory(world, report)?;
     }
-    if options.wants("a2") {
+    if options.wants("a2") || options.wants("a7") {
         flips(world, effort, report)?;
     }
     if options.wants("a6") {
@@ -147,6 +147,12 @@ fn memory(world: &World, report: &mut Report) -> Result<()> {
     let pid = world.agent()?.pid();
     let services = world.scale.services;
     process_memory("a4", "agent", pid, services, report)?;
+    report.fact(Fact::bytes("a5", "kernel memory of our maps", services, map_bytes(pid)?));
+    Ok(())
+}
+
+/// What the kernel says that the maps take which a process has.
+pub(crate) fn map_bytes(pid: u32) -> Result<u64> {
     let mut maps = BTreeMap::new();
     for file in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
         // A descriptor that closed meanwhile is none of ours.
@@ -155,11 +161,11 @@ fn memory(world: &World, report: &mut Report) -> Result<()> {
             maps.insert(field_of(&text, "map_id:")?, field_of(&text, "memlock:")?);
         }
     }
-    report.fact(Fact::bytes("a5", "kernel memory of our maps", services, maps.values().sum()));
-    Ok(())
+    Ok(maps.values().sum())
 }
 
-fn field_of(text: &str, field: &str) -> Result<u64> {
+/// A number of `/proc`, by the word before it.
+pub(crate) fn field_of(text: &str, field: &str) -> Result<u64> {
     let value = text.lines().find_map(|line| line.strip_prefix(field)?.split_whitespace().next());
     value.and_then(|value| value.parse().ok()).with_context(|| format!("no {field} in {text}"))
 }

@@ -56,7 +56,7 @@ use crate::{
 pub(crate) const NOISE_MAX: f64 = 0.02;
 
 /// What can be asked for.
-const IDS: &str = "p1 p2 p3 p4 p5 p6 p8 p10 p11 a1 a2 a3 a4 a6 tools api";
+const IDS: &str = "p1 p2 p3 p4 p5 p6 p8 p10 p11 a1 a2 a3 a4 a5 a6 a7 a9 tools api";
 
 /// Set by Ctrl-C.
 static STOPPED: AtomicBool = AtomicBool::new(false);
@@ -102,8 +102,9 @@ pub(crate) struct Options {
         conflicts_with_all = ["full", "quick", "smoke", "services", "add", "check", "publish", "report", "ids"]
     )]
     vm: Option<Kernel>,
-    /// Metrics: p1 p2 p3 p4 p5 p6 p8 p10 p11 a1 a2 a3 a4 a6 tools (a4 has a5, p1 has p7 and p12); without, all of these. Only when named: api,
-    /// an agent beside a real API server, which takes ten minutes at 10,000 Services
+    /// Metrics: p1 p2 p3 p4 p5 p6 p8 p10 p11 a1 a2 a3 a4 a5 a6 a7 a9 tools (p1 has p7 and p12, a2 has a7, a4 has a5, and the other way
+    /// round); without, all of these. Only when named: api, an agent beside a real API server, which takes ten minutes at
+    /// 10,000 Services
     ids: Vec<String>,
 }
 
@@ -124,6 +125,10 @@ pub(crate) struct Effort {
     pub(crate) api_flips: u32,
     /// Starts of the agent.
     pub(crate) starts: u32,
+    /// How long who serves is down before it is started again.
+    pub(crate) down: Duration,
+    /// How long the API server is away.
+    pub(crate) outage: Duration,
 }
 
 impl Options {
@@ -153,6 +158,8 @@ impl Options {
                 flips: 20,
                 api_flips: 3,
                 starts: 1,
+                down: ms(2000),
+                outage: ms(5000),
             };
         }
         if self.full {
@@ -165,6 +172,8 @@ impl Options {
                 flips: 500,
                 api_flips: 50,
                 starts: 5,
+                down: ms(5000),
+                outage: ms(30_000),
             };
         }
         Effort {
@@ -175,6 +184,8 @@ impl Options {
             flips: 300,
             api_flips: 10,
             starts: 3,
+            down: ms(5000),
+            outage: ms(30_000),
         }
     }
 
@@ -261,7 +272,7 @@ fn measure(options: &Options, effort: &Effort, report: &mut Report) -> Result<()
             println!("── {services} Services, clients outside");
             outside::measure(*services, options.alone, effort, report)?;
         }
-        if ["a1", "a2", "a4", "a6"].iter().any(|id| options.wants(id)) {
+        if ["a1", "a2", "a4", "a5", "a6", "a7"].iter().any(|id| options.wants(id)) {
             let scale = Scale {
                 services: *services,
                 endpoints: 10,
@@ -274,7 +285,7 @@ fn measure(options: &Options, effort: &Effort, report: &mut Report) -> Result<()
             println!("── {services} Services, control plane");
             control::measure(&mut world, options, effort, report)?;
         }
-        if !options.alone && ["a1", "a2", "a3"].iter().any(|id| options.wants(id)) {
+        if !options.alone && rivals::IDS.iter().any(|id| options.wants(id)) {
             println!("── {services} Services, control planes by one API server");
             rivals::measure(*services, options, effort, report)?;
         }

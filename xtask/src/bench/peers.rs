@@ -57,6 +57,11 @@ impl Hub {
         &self.plane
     }
 
+    /// The control plane, to take parts of it away.
+    pub(crate) fn plane_mut(&mut self) -> &mut ControlPlane {
+        &mut self.plane
+    }
+
     /// Has a node's object in the API server, and the API server in its reach. Every world's node has the same name.
     pub(crate) fn admit(&self, node: &Node, number: u8) -> Result<PathBuf> {
         self.plane.store([(format!("minions/{}", node.name()), lab_node(node).json().clone())])?;

@@ -124,7 +124,9 @@ impl Report {
     /// P7: how cost grows with the number of Services.
     pub(crate) fn growth(&mut self) {
         self.growth.clear();
-        let mut names: Vec<_> = self.rows.iter().map(|row| row.name.clone()).collect();
+        // Of the data path: rows of the control plane have units of their own.
+        let rows = self.rows.iter().filter(|row| row.id.starts_with('p'));
+        let mut names: Vec<_> = rows.map(|row| row.name.clone()).collect();
         names.sort();
         names.dedup();
         for name in names {
@@ -307,9 +309,13 @@ that what `connect` itself does is not in it. p10 dials from outside the cluster
 the endpoints through the node; servers say which source they see. Who serves is frozen meanwhile; connection tracking
 forgets before each slice. Connects and CRR: client on CPU 1, server on CPU 0, a SCHED_IDLE spinner on each; RR, stream and datagrams: both on CPU 0. Packets (p8)
 are made by the kernel at the node's uplink (XDP live frames) and counted and dropped at the backend's device, all on one
-CPU; `tracked` has a firewall rule that follows connections. iptables is the older kind. Control planes (a1..a3) are measured
-one at a time, the others stopped; `no pause` writes at once instead of once a second. All arms of a metric at a size are of
-one run; metrics and sizes may be of several (`--add`).
+CPU; `tracked` has a firewall rule that follows connections. iptables is the older kind. Control planes (a1..a9) are measured
+one at a time, the others stopped, by one API server; `no pause` writes at once instead of once a second. a4 is the process
+without kube-proxy's short-lived commands (`nft`, `iptables-restore`). a5 is what stays when the process, synced, is killed:
+growth of Slab + VmallocUsed + Percpu of the machine (`nobody`: its noise), and what the process's memory cgroup is charged,
+which lacks a little. a6, a9: twelve threads connect and ask meanwhile. a7: new UDP sockets; some get the port of an earlier
+look, and its tracked connection leads to the removed endpoint until kube-proxy deletes it. All arms of a metric at a size
+are of one run; metrics and sizes may be of several (`--add`).
 ";
 
 fn shown(ratio: Option<Estimate>) -> String {
