@@ -75,7 +75,11 @@ impl Trouble {
         // the same version for ever: one that is too old, or, after a restore of etcd, too new.
         let again = match error {
             watcher::Error::WatchStartFailed(::kube::Error::Api(status)) => match status.code {
-                410 => true,
+                410 => {
+                    // It is there, and only wants to be asked for all: after an outage the wait would be the longest.
+                    self.backoff.reset();
+                    true
+                }
                 // Busy or out of order; a list would be more work for it, and no better. But 504 is "too new".
                 429 | 500..=503 => false,
                 _ => {
@@ -172,4 +176,26 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
         cause = error.source();
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ::kube::core::Status;
+
+    /// Q7: what comes back after an outage is listed soon, although the outage was long.
+    #[test]
+    fn q7_a_server_that_is_back_is_asked_soon() {
+        let mut trouble = Trouble::new::<crate::object::Service>();
+        let start_failed = |code| {
+            let status = Status { code, reason: "Expired".to_owned(), ..Status::default() };
+            watcher::Error::WatchStartFailed(::kube::Error::Api(status.boxed()))
+        };
+        let longest = (0..10).map(|_| trouble.on(&start_failed(503)).wait).max();
+        assert!(longest > Some(Duration::from_secs(15)), "{longest:?}");
+        let next = trouble.on(&start_failed(410));
+        assert!(next.again && next.wait < Duration::from_secs(3), "{:?}", next.wait);
+        // If that list fails too, the waits grow as before.
+        assert!((0..10).map(|_| trouble.on(&start_failed(503)).wait).max() > Some(Duration::from_secs(15)));
+    }
 }
