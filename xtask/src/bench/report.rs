@@ -291,31 +291,39 @@ impl Report {
 
 /// Why things of the list above are as they are.
 const WHY: &str = "\
-The ways through sockets pay twice: once at `connect` or `sendto`, and on every packet for the hooks at the node's devices,
-which look at what is none of theirs (the arm `bystander`, who uses no Service, pays the second part alone). Packets of new
-flows pay for an entry in a table of flows, with a replaced source for a second one. With connection tracking on the same
-packets pay for that as well; kube-proxy has it always.
+The ways through sockets pay twice: once at `connect` or `sendto`, and on every packet at the node's devices. Of that nearly
+all is the kernel's price of a hook, whatever is in it: `empty programs` pay it too, and p11 has what ours add to one that does
+nothing. `bystander`, who uses no Service, pays the second part alone. Over many Services each connect reads cache lines that
+have rested: two by Service, one without. Packets of new flows pay for an entry in a table of flows, with a replaced source for
+a second one. With connection tracking on the same packets pay for that as well; kube-proxy has it always. Tables of flows have
+all of their memory from the start.
 ";
 
 const METHOD: &str = "\
-Arms alternate in short slices, in reversed order each round; the first round is dropped. A round's value is the median of
-its samples (UDP sockets without packets: the lowest tenth; packets: the lowest fifth of runs); ratios are taken by round,
-and tables have their median with a bootstrap interval. Each arm has a world of its own, namespaces and processes built
-alike; kube-proxies have their objects from one API server, Sheave the same objects from files. One client measures every
-arm. Destinations are drawn at random from all Services (direct: from all endpoints). `again` is the first arm once more in
-another world: where its interval leaves 0.98..1.02 (packets: 0.99..1.01) the metric is void. `bystander` dials endpoints
-from inside the agent's cgroup. p6 is what passes between SYN and SYN-ACK by the kernel's clock at the client's device, so
-that what `connect` itself does is not in it. p10 dials from outside the cluster: by NodePort, and for `direct` by a route to
-the endpoints through the node; servers say which source they see. Who serves is frozen meanwhile; connection tracking
-forgets before each slice. Connects and CRR: client on CPU 1, server on CPU 0, a SCHED_IDLE spinner on each; RR, stream and datagrams: both on CPU 0. Packets (p8)
-are made by the kernel at the node's uplink (XDP live frames) and counted and dropped at the backend's device, all on one
-CPU; `tracked` has a firewall rule that follows connections. iptables is the older kind. Control planes (a1..a9) are measured
-one at a time, the others stopped, by one API server; `no pause` writes at once instead of once a second. a4 is the process
-without kube-proxy's short-lived commands (`nft`, `iptables-restore`). a5 is what stays when the process, synced, is killed:
-growth of Slab + VmallocUsed + Percpu of the machine (`nobody`: its noise), and what the process's memory cgroup is charged,
-which lacks a little. a6, a9: twelve threads connect and ask meanwhile. a7: new UDP sockets; some get the port of an earlier
-look, and its tracked connection leads to the removed endpoint until kube-proxy deletes it. All arms of a metric at a size
-are of one run; metrics and sizes may be of several (`--add`).
+- Arms alternate in short slices, in reversed order each round; the first round is dropped. A round's value is the median of
+  its samples (UDP sockets without packets: the lowest tenth; p8 and p11: the lowest fifth of runs); ratios are taken by round,
+  and tables have their median with a bootstrap interval. All arms of a metric at a size are of one run; metrics and sizes may
+  be of several (`--add`).
+- Each arm has a world of its own, namespaces and processes built alike; kube-proxies have their objects from one API server,
+  Sheave the same objects from files. One client measures every arm. Destinations are drawn at random from all Services
+  (direct: from all endpoints). Who serves is frozen meanwhile; connection tracking forgets before each slice. iptables is the
+  older kind.
+- `again` is the first arm once more in another world: where its interval leaves 0.98..1.02 (p8, p11: 0.99..1.01) the metric is
+  void. `bystander` dials endpoints from inside the agent's cgroup. `empty programs` is a world without a proxy where programs
+  that do nothing are at a cgroup's `connect` and at both hooks of each device: nobody who has such hooks can be cheaper.
+- Connects and CRR: client on CPU 1, server on CPU 0, a SCHED_IDLE spinner on each; RR, stream and datagrams: both on CPU 0.
+- p6 is what passes between SYN and SYN-ACK by the kernel's clock at the client's device, without `connect` itself. p10 dials
+  from outside the cluster: by NodePort, and for `direct` by a route to the endpoints through the node; servers say which
+  source they see.
+- p8: packets are made by the kernel at the node's uplink (XDP live frames) and counted and dropped at the backend's device,
+  all on one CPU; `tracked` has a firewall rule that follows connections. p11: one frame, again and again, through one program
+  (PROG_TEST_RUN).
+- Control planes (a1..a9) are measured one at a time, the others stopped, by one API server; `no pause` writes at once instead
+  of once a second. a4 is the process without kube-proxy's short-lived commands (`nft`, `iptables-restore`). a5 is what stays
+  when the process, synced, is killed: growth of Slab + VmallocUsed + Percpu of the machine (`nobody`: its noise), and what the
+  process's memory cgroup is charged, which lacks a little. a6, a9: twelve threads connect and ask meanwhile. a7: new UDP
+  sockets; some get the port of an earlier look, and its tracked connection leads to the removed endpoint until kube-proxy
+  deletes it.
 ";
 
 fn shown(ratio: Option<Estimate>) -> String {
