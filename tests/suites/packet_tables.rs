@@ -101,7 +101,8 @@ fn settings_say_what_node_and_policy_say() {
     let scene = Scene::with(Shape { nodes: 1, pods: 0 }, &arguments).unwrap();
     let written = settings(&scene);
     let all = PacketSettings::DETECTS_V4 | PacketSettings::DETECTS_V6 | PacketSettings::MASQUERADE_ALL;
-    assert_eq!((written.flags, written.snat_first, written.snat_count), (all, 11_000, 1000));
+    let flags = written.flags & !PacketSettings::NO_BRIDGE_PORTS;
+    assert_eq!((flags, written.snat_first, written.snat_count), (all, 11_000, 1000));
     assert_eq!((written.local_pods_count, written.service_ranges_count), (2, 2));
     let is_in = |prefixes: &[proxy_common::abi::Prefix], text: &str| {
         prefixes.iter().any(|prefix| prefix.contains(&ip(text).into()))
@@ -119,7 +120,29 @@ fn settings_say_what_node_and_policy_say() {
     let smaller = sheave_tests::manifests::node(node.name(), &addresses, &[node.pod_cidr_v4()]);
     scene.apply("node", &[smaller]).unwrap();
     assert_eq!(settings(&scene).local_pods_count, 1);
-    assert_eq!(settings(&scene).flags, PacketSettings::DETECTS_V4 | PacketSettings::MASQUERADE_ALL);
+    let flags = settings(&scene).flags & !PacketSettings::NO_BRIDGE_PORTS;
+    assert_eq!(flags, PacketSettings::DETECTS_V4 | PacketSettings::MASQUERADE_ALL);
+}
+
+/// Where a bridge has ports, packets are asked for them; elsewhere they are spared that.
+#[test]
+fn settings_say_whether_there_are_bridge_ports() {
+    let scene = Scene::with(Shape { nodes: 1, pods: 1 }, &[]).unwrap();
+    let host = scene.node().unwrap().host().netns();
+    let are = |expected: bool| {
+        eventually("the settings say whether there are ports", || {
+            let flags = settings(&scene).flags;
+            ensure!((flags & PacketSettings::NO_BRIDGE_PORTS == 0) == expected, "{flags:#x}");
+            Ok(())
+        })
+        .unwrap();
+    };
+    are(false);
+    host.ip("link add br7 type bridge\nlink add port0 type veth peer name port1\n").unwrap();
+    host.ip("link set port0 master br7\n").unwrap();
+    are(true);
+    host.ip("link set port0 nomaster\n").unwrap();
+    are(false);
 }
 
 /// Z6: cluster IPs of proxied Services, but for those bound on this node. The filter has them and all other frontends.
