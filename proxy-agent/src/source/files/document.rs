@@ -157,16 +157,16 @@ pub(super) fn parse(file: &str, bytes: &[u8]) -> Parsed {
 /// JSON has an exact reader of its own. Several values may follow each other, as `kubectl get -o json` pasted twice.
 fn json(file: &str, text: &str, out: &mut Parsed) {
     let mut values = serde_json::Deserializer::from_str(text).into_iter::<Value>();
-    let mut start = 0;
+    let lines = |text: &str| text.bytes().filter(|&byte| byte == b'\n').count();
+    // Counted along: from the start each time, a file of many values would be read as many times.
+    let (mut start, mut line) = (0, 1);
     while let Some(value) = values.next() {
         let end = values.byte_offset();
-        let line = line_of(text, start);
+        let text = text.get(start..end).unwrap_or_default();
+        let content = text.trim_start();
+        let first = line + lines(text) - lines(content);
         match value {
-            Ok(value) => {
-                let document =
-                    Document::new(file, text.get(start..end).unwrap_or_default().trim_start(), line);
-                document.read(value, &[], None, out);
-            }
+            Ok(value) => Document::new(file, content, first).read(value, &[], None, out),
             Err(error) => {
                 // The position is in the message already, and lines count from the start of the file.
                 out.broken.push(Broken { line: error.line(), ..Broken::file(file, error) });
@@ -174,16 +174,9 @@ fn json(file: &str, text: &str, out: &mut Parsed) {
                 return;
             }
         }
+        line += lines(text);
         start = end;
     }
-}
-
-fn line_of(text: &str, offset: usize) -> usize {
-    let before = text.as_bytes().get(..offset).unwrap_or_default();
-    let after = text.as_bytes().get(offset..).unwrap_or_default();
-    let newline = |bytes: &[u8]| bytes.iter().filter(|&&b| b == b'\n').count();
-    let blank = after.iter().take_while(|b| b.is_ascii_whitespace()).count();
-    1 + newline(before) + newline(after.get(..blank).unwrap_or_default())
 }
 
 fn yaml(file: &str, text: &str, out: &mut Parsed) {
