@@ -183,7 +183,17 @@ pub(crate) fn count(outcome: Outcome) {
     }
 }
 
-/// The search in [`FRONTENDS`], a function that the verifier walks once instead of once for each way out of the loop. It
+/// The search in [`FRONTENDS`] at a key's home. What is called has to return, which is dear where the kernel guards returns.
+#[inline(always)]
+fn frontend_at_home(key: &FrontendKey) -> u32 {
+    let Some(first) = FRONTENDS.get_ptr(0) else { return 0 };
+    // SAFETY: in bounds; the agent writes the header before the first frontend, and never again.
+    let header = unsafe { *first.cast::<Header>() };
+    // SAFETY: in bounds, for ever.
+    unsafe { FrontendLine::at_home(key, &header, |place| FRONTENDS.get_ptr(place)) }
+}
+
+/// The rest of the search, a function that the verifier walks once instead of once for each way out of the loop. It
 /// takes numbers: before 5.12 such a function takes no pointers.
 #[unsafe(no_mangle)]
 #[inline(never)]
@@ -218,8 +228,11 @@ pub(crate) struct Maps;
 impl Tables for Maps {
     #[inline(always)]
     fn frontend(&self, key: &FrontendKey) -> Frontend {
-        let [upper, lower] = key.address().halves();
-        let place = frontend_place(upper, lower, key.port().raw() as u32, key.protocol() as u32);
+        let mut place = frontend_at_home(key);
+        if place == FrontendLine::FARTHER {
+            let [upper, lower] = key.address().halves();
+            place = frontend_place(upper, lower, key.port().raw() as u32, key.protocol() as u32);
+        }
         let mut found = Frontend::NONE;
         if place != 0
             && let Some(at) = FRONTENDS.get_ptr(place)

@@ -225,9 +225,15 @@ mod tests {
         (Frontends::of(writing, Some(Header::new(seed, places - 2))), reading)
     }
 
+    /// As the programs do: at home, and then farther.
     fn search(lines: &Mapping<FrontendLine>, key: &FrontendKey) -> Frontend {
+        let header = lines.header();
         // SAFETY: the mapping lives longer.
-        let place = unsafe { FrontendLine::find(key, &lines.header(), |place| lines.line(place)) };
+        let mut place = unsafe { FrontendLine::at_home(key, &header, |place| lines.line(place)) };
+        if place == FrontendLine::FARTHER {
+            // SAFETY: as above.
+            place = unsafe { FrontendLine::find(key, &header, |place| lines.line(place)) };
+        }
         if place == 0 {
             return Frontend::NONE;
         }

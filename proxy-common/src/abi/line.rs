@@ -140,6 +140,28 @@ impl FrontendKey {
 }
 
 impl FrontendLine {
+    /// Looks for a key's line at its home, where nearly all lie: the line's place; 0 if there is no such line;
+    /// [`Self::FARTHER`] if [`Self::find`] must look. `line` gives the line at a place, which the agent may be writing.
+    ///
+    /// # Safety
+    /// What `line` gives stays readable during the call.
+    #[inline(always)]
+    pub unsafe fn at_home(
+        key: &FrontendKey,
+        header: &Header,
+        line: impl Fn(u32) -> Option<*const Self>,
+    ) -> u32 {
+        let place = header.place(key.hash(header.seed), 0);
+        let Some(at) = line(place) else { return 0 };
+        if load!(at, value) != 0 && load!(at, key) == *key {
+            return place;
+        }
+        if load!(at, reach) == 0 { 0 } else { Self::FARTHER }
+    }
+
+    /// No place.
+    pub const FARTHER: u32 = u32::MAX;
+
     /// Looks for a key's line; 0 if there is none. `line` gives the line at a place, which the agent may be writing.
     ///
     /// # Safety
