@@ -179,8 +179,10 @@ impl Options {
         Effort {
             sizes: vec![1, 10_000],
             endpoints: 2,
-            rounds: 16,
-            slice: ms(200),
+            // What a shared machine does besides lasts longer than a turn: the shorter the turns, the more alike are those of
+            // one round.
+            rounds: 60,
+            slice: ms(50),
             flips: 300,
             api_flips: 10,
             starts: 3,
