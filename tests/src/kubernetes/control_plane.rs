@@ -182,6 +182,8 @@ impl ControlPlane {
     /// kubeconfig of the administrator, which lies in the node's directory.
     pub fn join(&self, node: &Node, number: u8) -> Result<PathBuf> {
         let (near, far) = (number * 2, number * 2 + 1);
+        // Of a node that has gone: its namespace, and with it the cable, goes a moment later.
+        let _ = self.machine.netns().ip(&format!("link delete cable{number}\n"));
         node.host().netns().ip(&format!(
             "link add cable type veth peer name cable{number} netns {}\n\
              address add 192.0.2.{near}/31 dev cable\n\
