@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use super::{
     data::{DIRECT, IPTABLES, NFTABLES, SHEAVE},
-    packets,
+    packets, paths,
     row::{Arm, Row},
     stats::Estimate,
 };
@@ -29,9 +29,10 @@ const INSIDE: (f64, f64) = (310.0, 130.0);
 const PANELS: usize = 3;
 
 /// All plots that have something to show, by name, as SVG. What is void is not shown, nor is what has no second arm like
-/// the first.
+/// the first, nor programs by themselves.
 pub(crate) fn all(rows: &[Row]) -> Vec<(&'static str, String)> {
-    let mut rows: Vec<_> = rows.iter().filter(|row| row.noise_max.is_some() && !row.is_void()).collect();
+    let is_shown = |row: &&Row| row.noise_max.is_some() && row.id != paths::ID && !row.is_void();
+    let mut rows: Vec<_> = rows.iter().filter(is_shown).collect();
     // p10 comes behind p9.
     rows.sort_by_key(|row| (row.id.len(), row.id.clone(), row.name.clone(), row.services));
     let (packets, sockets): (Vec<_>, Vec<_>) = rows.iter().partition(|row| row.id == packets::ID);
