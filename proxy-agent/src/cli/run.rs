@@ -177,9 +177,8 @@ impl RunArgs {
         let claim = config.pins.claim()?;
         let listener = control::listen(&self.control.control_socket).await?;
         let (pins, fast_path) = (config.pins.clone(), config.packets.fast_path);
-        let agent = Agent::start(config, claim).context("start")?;
-        let (questions, asked) = mpsc::channel(16);
-        tokio::spawn(control::serve(listener, questions));
+        // Beside it the sources are read already: the verifier takes as long as those do.
+        let agent = tokio::task::spawn_blocking(|| Agent::start(config, claim));
 
         let (changes, changed) = mpsc::unbounded_channel();
         let mut sources = tokio::task::JoinSet::new();
@@ -189,10 +188,6 @@ impl RunArgs {
         if !no_packet_path {
             sources
                 .spawn(async move { links::run(links).await.context("follow this node's network devices") });
-        }
-        if fast_path {
-            let watch = Watch::open(&pins).context("prepare the fast path")?;
-            sources.spawn(async move { watch.run().await.context("follow routes and rules") });
         }
         match source {
             Source::Files(directory) => sources.spawn(async move {
@@ -204,6 +199,13 @@ impl RunArgs {
                 Ok(())
             }),
         };
+        let agent = agent.await.context("start")?.context("start")?;
+        if fast_path {
+            let watch = Watch::open(&pins).context("prepare the fast path")?;
+            sources.spawn(async move { watch.run().await.context("follow routes and rules") });
+        }
+        let (questions, asked) = mpsc::channel(16);
+        tokio::spawn(control::serve(listener, questions));
         let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
         let stop = async move {

@@ -5,6 +5,8 @@ use std::io::ErrorKind;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 
 use aya::maps::{Map, MapData, MapError, ProgramArray};
 use aya::programs::links::{FdLink, PinnedLink};
@@ -206,11 +208,17 @@ impl Loaded {
             loader.map_pin_path(shape.name, path);
         }
         let mut ebpf = loader.load(OBJECT)?;
-        for name in PROGRAMS {
-            load(program(&mut ebpf, name)?, name)?;
-        }
+        let fast: &[_] = if settings.fast_path { &FAST_PATH } else { &[] };
+        let continuations: Vec<_> = CONTINUATIONS.iter().chain(fast).copied().collect();
+        let mut wanted = Vec::new();
         if settings.packet_path {
-            load_classifiers(&mut ebpf, settings.fast_path)?;
+            // These take longest.
+            wanted.extend(continuations.iter().map(|(name, _)| *name).chain(CLASSIFIERS));
+        }
+        wanted.extend(PROGRAMS);
+        load_all(&mut ebpf, &wanted)?;
+        if settings.packet_path {
+            place(&mut ebpf, &continuations)?;
         }
         Ok(Self { ebpf, pins: pins.clone() })
     }
@@ -309,23 +317,52 @@ pub fn links(pins: &Pins) -> Vec<(&'static str, Option<u64>)> {
 /// If the verifier says no.
 pub fn load(program: &mut Program, name: &'static str) -> Result<(), Error> {
     let load = |source| Error::Program { action: "load", program: name, source };
-    if let Program::CgroupSock(program) = program {
-        return program.load().map_err(load);
+    match program {
+        Program::CgroupSock(program) => program.load().map_err(load),
+        Program::SchedClassifier(program) => program.load().map_err(load),
+        program => hook(program, name)?.load().map_err(load),
     }
-    hook(program, name)?.load().map_err(load)
 }
 
-/// Loads [`CLASSIFIERS`], [`CONTINUATIONS`] and, if told so, [`FAST_PATH`]. From here on the hooks of a former run go on
-/// with these; both versions find the same packets in the same tables.
-fn load_classifiers(ebpf: &mut Ebpf, fast_path: bool) -> Result<(), Error> {
-    let map_error = |source| Error::Map { map: PACKET_PROGRAMS, source };
-    let fast: &[_] = if fast_path { &FAST_PATH } else { &[] };
-    let continuations = || CONTINUATIONS.iter().chain(fast).copied();
-    for name in continuations().map(|(name, _)| name).chain(CLASSIFIERS) {
-        let load = |source| Error::Program { action: "load", program: name, source };
-        classifier(ebpf, name)?.load().map_err(load)?;
+/// The verifier takes memory for each program that it walks: on a node of many CPUs not for all at once.
+const LOADED_AT_ONCE_MAX: usize = 4;
+
+/// Loads programs, several at a time and in this order: the verifier takes a second for all, and walks each by itself.
+fn load_all(ebpf: &mut Ebpf, wanted: &[&'static str]) -> Result<(), Error> {
+    let mut programs = Vec::new();
+    for (found, program) in ebpf.programs_mut() {
+        if let Some(name) = wanted.iter().find(|name| **name == found) {
+            programs.push((*name, program));
+        }
     }
-    for (name, place) in continuations() {
+    if let Some(name) = wanted.iter().find(|wanted| !programs.iter().any(|(name, _)| name == *wanted)) {
+        return Err(Error::NoProgram(name));
+    }
+    // The last one is taken first.
+    programs.sort_by_key(|(name, _)| std::cmp::Reverse(wanted.iter().position(|wanted| wanted == name)));
+    let threads = thread::available_parallelism().map_or(1, usize::from).min(LOADED_AT_ONCE_MAX);
+    let left = Mutex::new(programs);
+    let work = || -> Result<(), Error> {
+        loop {
+            let next = left.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            let Some((name, program)) = next else { return Ok(()) };
+            load(program, name)?;
+        }
+    };
+    thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+        let own = work();
+        others.into_iter().fold(own, |before, other| {
+            before.and(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        })
+    })
+}
+
+/// Gives [`CONTINUATIONS`] and, if they are among these, [`FAST_PATH`] their places. From here on the hooks of a former run
+/// go on with them; both versions find the same packets in the same tables.
+fn place(ebpf: &mut Ebpf, continuations: &[(&'static str, u32)]) -> Result<(), Error> {
+    let map_error = |source| Error::Map { map: PACKET_PROGRAMS, source };
+    for (name, place) in continuations.iter().copied() {
         let used = |source| Error::Program { action: "use", program: name, source };
         let fd =
             classifier(ebpf, name)?.fd().map_err(used)?.try_clone().map_err(|error| used(error.into()))?;
@@ -333,15 +370,13 @@ fn load_classifiers(ebpf: &mut Ebpf, fast_path: bool) -> Result<(), Error> {
         let mut places = ProgramArray::try_from(map).map_err(map_error)?;
         places.set(place, &fd, 0).map_err(map_error)?;
     }
-    if !fast_path {
-        // The hooks of a former run go on without them.
-        let map = ebpf.map_mut(PACKET_PROGRAMS).ok_or(Error::NoProgram(PACKET_PROGRAMS))?;
-        let mut places = ProgramArray::try_from(map).map_err(map_error)?;
-        for (_, place) in FAST_PATH {
-            match places.clear_index(&place) {
-                Err(MapError::SyscallError(error)) if error.io_error.kind() == ErrorKind::NotFound => {}
-                result => result.map_err(map_error)?,
-            }
+    // The hooks of a former run go on without what is not wanted any more.
+    let map = ebpf.map_mut(PACKET_PROGRAMS).ok_or(Error::NoProgram(PACKET_PROGRAMS))?;
+    let mut places = ProgramArray::try_from(map).map_err(map_error)?;
+    for (_, place) in FAST_PATH.into_iter().filter(|unwanted| !continuations.contains(unwanted)) {
+        match places.clear_index(&place) {
+            Err(MapError::SyscallError(error)) if error.io_error.kind() == ErrorKind::NotFound => {}
+            result => result.map_err(map_error)?,
         }
     }
     Ok(())
