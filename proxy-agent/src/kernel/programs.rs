@@ -311,17 +311,19 @@ pub fn links(pins: &Pins) -> Vec<(&'static str, Option<u64>)> {
     PROGRAMS.into_iter().filter_map(read).collect()
 }
 
-/// Loads one of [`PROGRAMS`].
+/// Loads a program of any type that ours have.
 ///
 /// # Errors
 /// If the verifier says no.
 pub fn load(program: &mut Program, name: &'static str) -> Result<(), Error> {
     let load = |source| Error::Program { action: "load", program: name, source };
-    match program {
-        Program::CgroupSock(program) => program.load().map_err(load),
-        Program::SchedClassifier(program) => program.load().map_err(load),
-        program => hook(program, name)?.load().map_err(load),
+    if let Program::CgroupSock(program) = program {
+        return program.load().map_err(load);
     }
+    if let Program::SchedClassifier(program) = program {
+        return program.load().map_err(load);
+    }
+    hook(program, name)?.load().map_err(load)
 }
 
 /// The verifier takes memory for each program that it walks: on a node of many CPUs not for all at once.
