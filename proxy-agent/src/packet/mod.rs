@@ -1,11 +1,11 @@
 //! The agent's side of the packet path: hooks on devices, and the tables that only packets need.
 //!
 //! * [`roles`], [`settings`], `counted`: what is wanted. Pure.
+//! * `vips`: the addresses that packets are looked at for.
 //! * [`flows`]: upkeep of connections, on a thread of its own.
 //! * [`fast`]: when what the fast path has learned is to be learned again.
 //! * here: wanted minus written, in an order that is safe at every moment: what a hook needs to know is there before
-//!   the hook; a VIP's place in the filter is set before its frontend is written, and cleared when neither a frontend
-//!   nor a connection needs it.
+//!   the hook.
 //!
 //! Only what succeeded is remembered, so what failed is found again by the next comparison. None of it holds up the
 //! programming of Services.
@@ -17,23 +17,23 @@ pub mod flows;
 pub mod roles;
 pub mod settings;
 mod turnover;
+mod vips;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use aya::maps::{Array, Map, MapData};
-use proxy_common::abi::packet::{PREFIXES, VIP_PLACES, vip_place};
+use proxy_common::abi::packet::PREFIXES;
 use proxy_common::abi::{Address, Device, FrontendKey, PacketSettings, Protocol, ServiceId};
 use serde::Serialize;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-use self::counted::Counted;
 use self::flows::{Flows, Owners, Report, Upkeep};
 use self::roles::{Place, Role};
 use self::settings::SnatPorts;
+use self::vips::Vips;
 use crate::kernel::devices::{self, Hooks, LinkHeader};
-use crate::kernel::mapping::Mapping;
 use crate::kernel::programs::{FlowLimits, open_pinned};
 use crate::kernel::table::{Table, io_error};
 use crate::kernel::{self, Loaded, Pins};
@@ -67,7 +67,7 @@ pub struct Options {
 pub struct PacketPath {
     pins: Pins,
     options: Options,
-    filters: Filters,
+    vips: Vips,
     settings: Array<MapData, PacketSettings>,
     settings_written: PacketSettings,
     devices: Table<u32, Device>,
@@ -143,7 +143,7 @@ impl PacketPath {
         Ok(Self {
             pins: pins.clone(),
             options,
-            filters: Filters::open(pins)?,
+            vips: Vips::open(pins)?,
             settings,
             settings_written,
             devices,
@@ -215,7 +215,7 @@ impl PacketPath {
         {
             watch.hand_over_due();
         }
-        self.filters.clear_unused(report)
+        self.vips.clear_unused(report)
     }
 
     /// C2: what netfilter's NAT has of these VIPs follows who serves them. Not to nobody (C3).
@@ -237,14 +237,14 @@ impl PacketPath {
             self.retry = None;
             self.renewed = None;
         }
-        let mut writes = self.filters.write_cluster_ips();
-        self.note("CLUSTER_IPS", self.filters.failure.clone());
+        let mut writes = self.vips.write_cluster_ips();
+        self.note("CLUSTER_IPS", self.vips.failure.clone());
         if self.renewed == Some(model.renewed()) {
             return writes;
         }
         self.renewed = Some(model.renewed());
-        self.filters.set_node(model);
-        writes += self.filters.write_cluster_ips();
+        self.vips.set_node(model);
+        writes += self.vips.write_cluster_ips();
         if let Some(links) = &self.links {
             self.places = roles::places(links, &model.facts().primary, &model.context().policy.detect_local);
         }
@@ -441,13 +441,13 @@ impl PacketPath {
         let cluster_ips = service.map(|service| {
             Family::ALL.into_iter().filter_map(|family| *service.cluster_ip.get(family)).collect()
         });
-        self.filters.announce(key, vips, cluster_ips.unwrap_or_default())
+        self.vips.announce(key, vips, cluster_ips.unwrap_or_default())
     }
 
     /// Services are programmed. With `full`, they are all that there are. Returns the number of writes.
     pub fn settle<'a>(&mut self, services: impl IntoIterator<Item = &'a ObjectKey>, full: bool) -> usize {
-        let writes = self.filters.settle(services, full);
-        self.note("CLUSTER_IPS", self.filters.failure.clone());
+        let writes = self.vips.settle(services, full);
+        self.note("CLUSTER_IPS", self.vips.failure.clone());
         writes
     }
 
@@ -548,148 +548,6 @@ fn with_causes(error: &kernel::Error) -> String {
         source = cause.source();
     }
     text
-}
-
-/// `VIPS` and `CLUSTER_IPS`: which addresses packets are looked at for.
-struct Filters {
-    vips: Mapping<[u8; VIP_PLACES]>,
-    vips_wanted: Counted<usize>,
-    /// Places that no frontend has any more. Connections may (Z8, C7): they are cleared after a walk that began later and
-    /// found none. True: a walk has begun later.
-    lingering: BTreeMap<usize, bool>,
-    cluster_ips: Table<Address, u32>,
-    cluster_ips_wanted: Counted<IpAddr>,
-    cluster_ips_written: BTreeSet<IpAddr>,
-    /// Those that may be written otherwise than wanted.
-    unsure: BTreeSet<IpAddr>,
-    own: BTreeSet<IpAddr>,
-    /// P14.
-    excluded: BTreeSet<IpAddr>,
-    failure: Option<String>,
-}
-
-impl Filters {
-    fn open(pins: &Pins) -> Result<Self, kernel::Error> {
-        let vips = open_pinned(&pins.state(), "VIPS")?;
-        let state = pins.state();
-        let mapping = Mapping::new(vips.fd(), 1, true);
-        let cluster_ips: Table<Address, u32> = Table::open(&pins.state(), "CLUSTER_IPS")?;
-        let written =
-            cluster_ips.entries().map_err(kernel::Error::path("read", state.join("CLUSTER_IPS")))?;
-        Ok(Self {
-            vips: mapping.map_err(kernel::Error::path("map into memory", state.join("VIPS")))?,
-            vips_wanted: Counted::default(),
-            lingering: BTreeMap::new(),
-            cluster_ips,
-            cluster_ips_wanted: Counted::default(),
-            cluster_ips_written: written.into_iter().map(|(address, _)| address.ip()).collect(),
-            unsure: BTreeSet::new(),
-            own: BTreeSet::new(),
-            excluded: BTreeSet::new(),
-            failure: None,
-        })
-    }
-
-    /// Z6: an address bound on this node is its processes'.
-    fn set_node(&mut self, model: &Model) {
-        let own = &model.context().own_addresses;
-        let excluded: BTreeSet<IpAddr> =
-            model.context().policy.excluded_frontends.iter().map(|excluded| excluded.address).collect();
-        self.unsure.extend(self.own.symmetric_difference(own));
-        self.unsure.extend(self.excluded.symmetric_difference(&excluded));
-        self.own.clone_from(own);
-        self.excluded = excluded;
-    }
-
-    fn announce(
-        &mut self,
-        key: &ObjectKey,
-        mut vips: BTreeSet<IpAddr>,
-        cluster_ips: BTreeSet<IpAddr>,
-    ) -> usize {
-        let mut writes = 0;
-        vips.extend(&cluster_ips);
-        self.unsure.extend(self.cluster_ips_wanted.take(key, cluster_ips));
-        let places = vips.into_iter().map(|vip| vip_place(&vip.into())).collect();
-        for place in self.vips_wanted.take(key, places) {
-            self.lingering.remove(&place);
-            // In range by what `vip_place` is.
-            if self.vips.load(place) == 0 && self.vips.store(place, 1).is_ok() {
-                writes += 1;
-            }
-        }
-        writes
-    }
-
-    fn settle<'a>(&mut self, services: impl IntoIterator<Item = &'a ObjectKey>, full: bool) -> usize {
-        for key in services {
-            self.unsure.extend(self.cluster_ips_wanted.give_back(key));
-            self.lingering.extend(self.vips_wanted.give_back(key).into_iter().map(|place| (place, false)));
-        }
-        if full {
-            // Q2: of Services that went while no agent ran.
-            let left = (0..VIP_PLACES).filter(|place| self.vips.load(*place) != 0);
-            let left = left.filter(|place| !self.vips_wanted.has(place));
-            let left: Vec<usize> = left.filter(|place| !self.lingering.contains_key(place)).collect();
-            self.lingering.extend(left.into_iter().map(|place| (place, false)));
-            self.unsure.extend(self.cluster_ips_written.iter().copied());
-        }
-        self.write_cluster_ips()
-    }
-
-    fn write_cluster_ips(&mut self) -> usize {
-        let wanted = |address: &IpAddr| {
-            self.cluster_ips_wanted.has(address)
-                && !self.own.contains(address)
-                && !self.excluded.contains(address)
-        };
-        let (here, gone): (BTreeSet<IpAddr>, BTreeSet<IpAddr>) =
-            std::mem::take(&mut self.unsure).into_iter().partition(wanted);
-        let new: Vec<(Address, u32)> =
-            here.difference(&self.cluster_ips_written).map(|address| (Address::from(*address), 1)).collect();
-        let failures: BTreeMap<usize, _> = self.cluster_ips.put_all(&new).into_iter().collect();
-        let mut writes = 0;
-        self.failure = None;
-        for (at, (address, _)) in new.iter().enumerate() {
-            if let Some(error) = failures.get(&at) {
-                self.unsure.insert(address.ip());
-                self.failure = Some(error.to_string());
-            } else {
-                self.cluster_ips_written.insert(address.ip());
-                writes += 1;
-            }
-        }
-        for address in gone {
-            if !self.cluster_ips_written.contains(&address) {
-                continue;
-            }
-            match self.cluster_ips.remove(&address.into()) {
-                Ok(()) => {
-                    self.cluster_ips_written.remove(&address);
-                    writes += 1;
-                }
-                Err(error) => {
-                    self.unsure.insert(address);
-                    self.failure = Some(error.to_string());
-                }
-            }
-        }
-        writes
-    }
-
-    fn clear_unused(&mut self, report: &Report) -> usize {
-        let mut writes = 0;
-        let ripe = |(place, ripe): (&usize, &bool)| (*ripe && !report.is_in_use(*place)).then_some(*place);
-        let unused: Vec<usize> = self.lingering.iter().filter_map(ripe).collect();
-        for place in unused {
-            self.lingering.remove(&place);
-            if self.vips.store(place, 0).is_ok() {
-                writes += 1;
-            }
-        }
-        self.lingering.values_mut().for_each(|ripe| *ripe = true);
-        writes
-    }
 }
 
 /// Lets the loopback device take in what has one of the node's own addresses as its source: the replies that the node's
