@@ -163,10 +163,10 @@ fn json(file: &str, text: &str, out: &mut Parsed) {
     while let Some(value) = values.next() {
         let end = values.byte_offset();
         let text = text.get(start..end).unwrap_or_default();
-        let content = text.trim_start();
-        let first = line + lines(text) - lines(content);
+        let (blank, content) = text.split_at(text.len() - text.trim_start().len());
+        line += lines(blank);
         match value {
-            Ok(value) => Document::new(file, content, first).read(value, &[], None, out),
+            Ok(value) => Document::new(file, content, line).read(value, &[], None, out),
             Err(error) => {
                 // The position is in the message already, and lines count from the start of the file.
                 out.broken.push(Broken { line: error.line(), ..Broken::file(file, error) });
@@ -174,7 +174,7 @@ fn json(file: &str, text: &str, out: &mut Parsed) {
                 return;
             }
         }
-        line += lines(text);
+        line += lines(content);
         start = end;
     }
 }
