@@ -331,26 +331,22 @@ const LOADED_AT_ONCE_MAX: usize = 4;
 
 /// Loads programs, several at a time and in this order: the verifier takes a second for all, and walks each by itself.
 fn load_all(ebpf: &mut Ebpf, wanted: &[&'static str]) -> Result<(), Error> {
-    let mut programs = Vec::new();
-    for (found, program) in ebpf.programs_mut() {
-        if let Some(name) = wanted.iter().find(|name| **name == found) {
-            programs.push((*name, program));
-        }
-    }
-    if let Some(name) = wanted.iter().find(|wanted| !programs.iter().any(|(name, _)| name == *wanted)) {
+    if let Some(name) = wanted.iter().find(|name| ebpf.program(name).is_none()) {
         return Err(Error::NoProgram(name));
     }
-    // The last one is taken first.
-    programs.sort_by_key(|(name, _)| std::cmp::Reverse(wanted.iter().position(|wanted| wanted == name)));
-    let threads = thread::available_parallelism().map_or(1, usize::from).min(LOADED_AT_ONCE_MAX);
-    let left = Mutex::new(programs);
+    let place = |name: &str| wanted.iter().position(|wanted| *wanted == name);
+    let mut programs: Vec<_> =
+        ebpf.programs_mut().filter_map(|(name, program)| Some((place(name)?, program))).collect();
+    programs.sort_by_key(|(place, _)| *place);
+    let left = Mutex::new(wanted.iter().zip(programs));
     let work = || -> Result<(), Error> {
         loop {
-            let next = left.lock().unwrap_or_else(PoisonError::into_inner).pop();
-            let Some((name, program)) = next else { return Ok(()) };
+            let next = left.lock().unwrap_or_else(PoisonError::into_inner).next();
+            let Some((name, (_, program))) = next else { return Ok(()) };
             load(program, name)?;
         }
     };
+    let threads = thread::available_parallelism().map_or(1, usize::from).min(LOADED_AT_ONCE_MAX);
     thread::scope(|scope| {
         let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
         let own = work();
@@ -364,17 +360,18 @@ fn load_all(ebpf: &mut Ebpf, wanted: &[&'static str]) -> Result<(), Error> {
 /// go on with them; both versions find the same packets in the same tables.
 fn place(ebpf: &mut Ebpf, continuations: &[(&'static str, u32)]) -> Result<(), Error> {
     let map_error = |source| Error::Map { map: PACKET_PROGRAMS, source };
-    for (name, place) in continuations.iter().copied() {
+    let mut programs = Vec::new();
+    for (name, place) in continuations {
         let used = |source| Error::Program { action: "use", program: name, source };
-        let fd =
-            classifier(ebpf, name)?.fd().map_err(used)?.try_clone().map_err(|error| used(error.into()))?;
-        let map = ebpf.map_mut(PACKET_PROGRAMS).ok_or(Error::NoProgram(PACKET_PROGRAMS))?;
-        let mut places = ProgramArray::try_from(map).map_err(map_error)?;
-        places.set(place, &fd, 0).map_err(map_error)?;
+        let fd = program(ebpf, name)?.fd().map_err(used)?;
+        programs.push((*place, fd.try_clone().map_err(|error| used(error.into()))?));
     }
-    // The hooks of a former run go on without what is not wanted any more.
     let map = ebpf.map_mut(PACKET_PROGRAMS).ok_or(Error::NoProgram(PACKET_PROGRAMS))?;
     let mut places = ProgramArray::try_from(map).map_err(map_error)?;
+    for (place, program) in &programs {
+        places.set(*place, program, 0).map_err(map_error)?;
+    }
+    // The hooks of a former run go on without what is not wanted any more.
     for (_, place) in FAST_PATH.into_iter().filter(|unwanted| !continuations.contains(unwanted)) {
         match places.clear_index(&place) {
             Err(MapError::SyscallError(error)) if error.io_error.kind() == ErrorKind::NotFound => {}
@@ -406,11 +403,6 @@ fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Program
 
 /// All but one of [`PROGRAMS`] are of this type.
 fn hook<'a>(program: &'a mut Program, name: &'static str) -> Result<&'a mut CgroupSockAddr, Error> {
-    program.try_into().map_err(|source| Error::Program { action: "use", program: name, source })
-}
-
-fn classifier<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut SchedClassifier, Error> {
-    let program = program(ebpf, name)?;
     program.try_into().map_err(|source| Error::Program { action: "use", program: name, source })
 }
 
