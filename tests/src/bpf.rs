@@ -103,9 +103,7 @@ fn pinned_info(path: &Path) -> Result<[u32; 3]> {
     let name = CString::new(path.as_os_str().as_bytes()).with_context(context)?;
     let mut attr = Pathname { pathname: name.as_ptr() as u64, fd: 0, flags: 0 };
     // SAFETY: the path ends in a zero byte and lives longer than the call.
-    let fd = unsafe { bpf(OBJ_GET, &mut attr) }.with_context(context)?;
-    // SAFETY: the kernel just gave us this descriptor.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    let fd = owned(unsafe { bpf(OBJ_GET, &mut attr) }).with_context(context)?;
     let mut info = [0_u32; 3];
     let mut attr = Info { fd: fd.as_raw_fd(), len: 12, info: info.as_mut_ptr() as u64 };
     // SAFETY: `info` has the twelve bytes that are said, and lives longer than the call.
@@ -134,7 +132,11 @@ fn exists(command: libc::c_int, id: u32) -> Result<bool> {
 fn by_id(command: libc::c_int, id: u32) -> io::Result<OwnedFd> {
     let mut attr = [id, 0, 0];
     // SAFETY: three words: the id, where to go on, flags.
-    let fd = unsafe { bpf(command, &mut attr) }?;
+    owned(unsafe { bpf(command, &mut attr) })
+}
+
+/// The descriptor that a command of bpf(2) has made.
+pub(crate) fn owned(result: io::Result<i32>) -> io::Result<OwnedFd> {
     // SAFETY: the kernel just gave us this descriptor.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    result.map(|descriptor| unsafe { OwnedFd::from_raw_fd(descriptor) })
 }

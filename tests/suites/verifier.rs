@@ -1,10 +1,7 @@
 //! The verifier's verdict on every program, with every setting: a panic that stays reachable, or a bound that it cannot
 //! follow, makes loading fail.
 
-use aya::{
-    EbpfLoader,
-    programs::{ProgramInfo, SchedClassifier},
-};
+use aya::{EbpfLoader, programs::ProgramInfo};
 use proxy_agent::kernel::programs::{CLASSIFIERS, CONTINUATIONS, FAST_PATH, OBJECT, PROGRAMS, load};
 
 /// Instructions that the verifier may walk for one program. Kernels give up at a million; what comes near it on a new
@@ -41,8 +38,8 @@ fn every_program_loads_with_every_setting() {
             }
             let continuations = CONTINUATIONS.into_iter().chain(FAST_PATH).map(|(name, _)| name);
             for name in CLASSIFIERS.into_iter().chain(continuations) {
-                let program: &mut SchedClassifier = ebpf.program_mut(name).unwrap().try_into().unwrap();
-                program.load().unwrap_or_else(|error| panic!("{name}: {error:?}"));
+                let program = ebpf.program_mut(name).unwrap();
+                load(program, name).unwrap_or_else(|error| panic!("{name}: {error:?}"));
                 check(name, program.info().unwrap(), MAX_VERIFIED_PACKET);
             }
         }

@@ -14,11 +14,12 @@ use aya::{
 use etherparse::PacketBuilder;
 use proxy_agent::kernel::{
     Pins,
-    programs::{CLASSIFIERS, CONTINUATIONS, OBJECT},
+    programs::{self, CLASSIFIERS, CONTINUATIONS, OBJECT},
 };
 use sheave_tests::{
     engine::monotonic_ns,
     lab::Place,
+    measure::packets::{DROP, NEXT},
     nodes::{Layout, World},
     random::Random,
     scene::TARGET,
@@ -42,9 +43,7 @@ const TCP: u8 = 6;
 const UDP: u8 = 17;
 const ICMPV6: u8 = 58;
 
-/// What a program says: the next one, drop it, and `TC_ACT_REDIRECT`.
-const NEXT: u32 = u32::MAX;
-const DROP: u32 = 2;
+/// What a program says besides: `TC_ACT_REDIRECT`.
 const REDIRECT: u32 = 7;
 
 /// How addresses of the lab and of its Services begin. A frame without any of these, wherever, is of no Service.
@@ -447,8 +446,8 @@ fn frames_of_any_content() {
         let classifiers = CLASSIFIERS.into_iter().filter(|name| !name.ends_with("_bare"));
         let all = classifiers.chain(CONTINUATIONS.map(|(name, _)| name));
         for name in all.clone() {
-            let program: &mut SchedClassifier = ebpf.program_mut(name).unwrap().try_into().unwrap();
-            program.load().unwrap_or_else(|error| panic!("{name}: {error:?}"));
+            programs::load(ebpf.program_mut(name).unwrap(), name)
+                .unwrap_or_else(|error| panic!("{name}: {error:?}"));
         }
         let programs: Vec<(&str, &SchedClassifier)> =
             all.map(|name| (name, ebpf.program(name).unwrap().try_into().unwrap())).collect();

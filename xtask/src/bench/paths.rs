@@ -10,7 +10,7 @@ use nix::net::if_::if_nametoindex;
 use serde_json::json;
 use sheave_tests::{
     manifests,
-    measure::packets::{Hook, Path, Says, segment},
+    measure::packets::{DROP, Hook, NEXT, Path, Says, segment},
 };
 
 use super::{
@@ -38,10 +38,6 @@ const PART: f64 = 0.2;
 
 /// What a frame of no Service may cost more than a program that does nothing.
 const BYSTANDER_NS: f64 = 40.0;
-
-/// What a program says: the next one, or drop it.
-const NEXT: u32 = u32::MAX;
-const DROP: u32 = 2;
 
 /// The Service, by family, and an address of its that is not for everyone.
 const VIPS: [&str; 2] = ["10.97.0.3", "fd00:97::3"];

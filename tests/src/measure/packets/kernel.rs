@@ -1,14 +1,11 @@
 //! What bpf(2) is asked for here: maps of counters, programs, links, runs.
 
-use std::{
-    io,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
-};
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use anyhow::{Context, Result};
 use nix::libc;
 
-use crate::bpf::bpf;
+use crate::bpf::{bpf, owned};
 
 /// Commands of bpf(2).
 const MAP_CREATE: libc::c_int = 0;
@@ -202,9 +199,4 @@ pub(super) fn test_run(program: &OwnedFd, run: Run<'_>) -> Result<Ran> {
     unsafe { bpf(PROG_TEST_RUN, &mut attr) }.context("running a program")?;
     frame.truncate(usize::try_from(attr.data_size_out)?);
     Ok(Ran { verdict: attr.result, ns: attr.duration, frame })
-}
-
-fn owned(result: io::Result<i32>) -> io::Result<OwnedFd> {
-    // SAFETY: the kernel just gave us this descriptor.
-    result.map(|descriptor| unsafe { OwnedFd::from_raw_fd(descriptor) })
 }

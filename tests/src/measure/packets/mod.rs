@@ -36,7 +36,9 @@ const XDP_DROP: i32 = 1;
 const XDP_PASS: i32 = 2;
 
 /// What a program of a device's hook says for "the next one": `TCX_NEXT`.
-const NEXT: i32 = -1;
+pub const NEXT: u32 = u32::MAX;
+/// For "drop it": `TCX_DROP`.
+pub const DROP: u32 = 2;
 
 /// `bpf_redirect`.
 const REDIRECT: i32 = 23;
@@ -207,7 +209,7 @@ impl EmptyHooks {
             let allows = load_for(SOCK_ADDR, at, &Program::default().last(1))?;
             links.push(attach(&allows, directory.as_raw_fd().cast_unsigned(), at)?);
         }
-        let empty = load(SCHED_CLS, &Program::default().last(NEXT))?;
+        let empty = load(SCHED_CLS, &Program::default().last(NEXT.cast_signed()))?;
         for device in devices {
             let index = index_of(netns, device)?;
             for at in [AT_TCX_INGRESS, AT_TCX_EGRESS] {

@@ -29,7 +29,6 @@ const ENTRIES: u32 = 1 << 16;
 pub struct Path {
     netns: Netns,
     program: OwnedFd,
-    _map: Option<OwnedFd>,
     frame: Vec<u8>,
     context: Vec<u8>,
     verdict: u32,
@@ -57,22 +56,26 @@ impl Hook<'_> {
 }
 
 impl Path {
+    fn new(program: OwnedFd, hook: Hook<'_>, frame: Vec<u8>, verdict: u32) -> Result<Self> {
+        let (netns, context) = (hook.netns.clone(), hook.context()?);
+        Ok(Self { netns, program, frame, context, verdict })
+    }
+
     /// The program of a pinned link. It must say the same each time, and leave the frame as it is: the next time begins
     /// with what the last one left.
     pub fn pinned(link: &FilePath, hook: Hook<'_>, frame: Vec<u8>, verdict: u32) -> Result<Self> {
-        let (netns, context) = (hook.netns.clone(), hook.context()?);
-        Ok(Self { netns, program: program_of_link(link)?, _map: None, frame, context, verdict })
+        Self::new(program_of_link(link)?, hook, frame, verdict)
     }
 
     /// A program that does nothing.
     pub fn empty(hook: Hook<'_>, frame: Vec<u8>) -> Result<Self> {
-        let program = load(SCHED_CLS, &Program::default().last(NEXT))?;
-        let (netns, context) = (hook.netns.clone(), hook.context()?);
-        Ok(Self { netns, program, _map: None, frame, context, verdict: NEXT.cast_unsigned() })
+        let program = load(SCHED_CLS, &Program::default().last(NEXT.cast_signed()))?;
+        Self::new(program, hook, frame, NEXT)
     }
 
     /// A program that looks a key of 24 bytes up, which is there, in a table of the size that connections have.
     pub fn look_up(hook: Hook<'_>, frame: Vec<u8>) -> Result<Self> {
+        // A program holds its maps.
         let map = hash_of(&[0_u8; 24], ENTRIES)?;
         let mut code = Program::default();
         code.with(Operation::Move, R1, 0);
@@ -80,9 +83,8 @@ impl Path {
             code.store(Width::Double, R10, offset, R1);
         }
         code.map(R1, map.as_raw_fd()).by(Operation::Move, R2, R10).with(Operation::Add, R2, -24);
-        let program = load(SCHED_CLS, &code.call(LOOK_UP).last(NEXT))?;
-        let (netns, context) = (hook.netns.clone(), hook.context()?);
-        Ok(Self { netns, program, _map: Some(map), frame, context, verdict: NEXT.cast_unsigned() })
+        let program = load(SCHED_CLS, &code.call(LOOK_UP).last(NEXT.cast_signed()))?;
+        Self::new(program, hook, frame, NEXT)
     }
 
     /// Nanoseconds that a run takes, of so many on a CPU.
