@@ -291,12 +291,13 @@ impl Report {
 
 /// Why things of the list above are as they are.
 const WHY: &str = "\
-The ways through sockets pay twice: once at `connect` or `sendto`, and on every packet at the node's devices. Of that nearly
-all is the kernel's price of a hook, whatever is in it: `empty programs` pay it too, and p11 has what ours add to one that does
-nothing. `bystander`, who uses no Service, pays the second part alone. Over many Services each connect reads cache lines that
-have rested: two by Service, one without. Packets of new flows pay for an entry in a table of flows, with a replaced source for
-a second one. With connection tracking on the same packets pay for that as well; kube-proxy has it always. Tables of flows have
-all of their memory from the start.
+The ways through sockets pay twice: once at `connect` or `sendto`, and on every packet at the node's devices. Of the second part
+nearly all is the kernel's price of a hook, whatever is in it: `empty programs` pay it too, and p11 has what ours add to one
+that does nothing. `bystander`, who uses no Service, pays that part, and for being asked at `connect`. Over many Services each
+connect reads cache lines that have rested, two by Service and one without: presumably what it costs more there. Packets of new
+flows pay for an entry in a table of flows, with a replaced source for a second one. With connection tracking on the same
+packets pay for that as well; kube-proxy has it always. Tables of flows have all of their
+memory from the start.
 ";
 
 const METHOD: &str = "\
