@@ -99,12 +99,30 @@ fn counting(layout: Layout, arguments: &[&str]) -> Stage {
     stage
 }
 
+/// The same with the fast path, from when packets may take it: the agent first looks at what else is on the node.
+fn skipping(layout: Layout) -> Stage {
+    let stage = counting(layout, &FAST);
+    eventually("the first epoch", || {
+        ensure!(epoch(&stage) != 0);
+        Ok(())
+    })
+    .unwrap();
+    stage
+}
+
+fn epoch(stage: &Stage) -> u32 {
+    let pins = Pins::new(stage.world.node(0).unwrap().bpffs());
+    let map = open_pinned(&pins.state(), "EPOCH").unwrap();
+    let epoch: aya::maps::Array<_, u32> = aya::maps::Map::from_map_data(map).unwrap().try_into().unwrap();
+    epoch.get(&0, 0).unwrap()
+}
+
 /// Local pods on a bridge and by themselves, and a pod of another node, for which the source is replaced.
 #[test]
 fn answered_connections_skip_the_stack() {
     let overlay = Layout { guard: Guard::DropInvalid, ..Layout::overlay() };
     for layout in [Layout::default(), Layout { offload: false, ..Layout::default() }, overlay] {
-        let stage = counting(layout, &FAST);
+        let stage = skipping(layout);
         for number in 1..=3 {
             for client in &mut clients(&stage.world, number) {
                 let seen = client.seen(&stage.world);
@@ -133,7 +151,7 @@ fn nobody_skips_the_stack_unless_told() {
 #[test]
 fn large_transfers_arrive_whole() {
     for offload in [true, false] {
-        let stage = counting(Layout { guard: Guard::DropInvalid, offload, ..Layout::default() }, &FAST);
+        let stage = skipping(Layout { guard: Guard::DropInvalid, offload, ..Layout::default() });
         for number in 1..=3 {
             for to in [0, 1].map(|family| frontends(&stage.world, number, family)[1]) {
                 let mut talk = Talk::open(stage.world.outside(), 0, to);
@@ -152,7 +170,7 @@ fn large_transfers_arrive_whole() {
 /// A rule that comes later ends what runs.
 #[test]
 fn a_rule_of_nftables_ends_it() {
-    let stage = counting(Layout::default(), &FAST);
+    let stage = skipping(Layout::default());
     for (number, (_, pod)) in backends(&stage.world) {
         let mut clients = clients(&stage.world, number);
         for client in &mut clients {
@@ -191,7 +209,7 @@ fn sent_by(world: &World, device: &str) -> u64 {
 /// A pod gets a second link, by which its address is routed from then on, and loses it again.
 #[test]
 fn packets_follow_routes_and_devices() {
-    let stage = counting(Layout::default(), &FAST);
+    let stage = skipping(Layout::default());
     let world = &stage.world;
     let pod = p2p_pod(world, 0, 0);
     let device = world.host_end(pod);
@@ -245,7 +263,7 @@ fn packets_follow_routes_and_devices() {
 /// Nobody tells of that: it is found when the stack is asked again.
 #[test]
 fn packets_follow_neighbours() {
-    let stage = counting(Layout::default(), &FAST);
+    let stage = skipping(Layout::default());
     let world = &stage.world;
     let mut clients = clients(world, 1);
     for client in &mut clients {
@@ -266,7 +284,7 @@ fn packets_follow_neighbours() {
 /// On hooks that stay, and connections that go on.
 #[test]
 fn an_agent_that_is_told_otherwise_is_obeyed() {
-    let mut stage = counting(Layout::default(), &FAST);
+    let mut stage = skipping(Layout::default());
     let mut clients = clients(&stage.world, 1);
     for (number, is_fast) in [true, false, true].into_iter().enumerate() {
         if number > 0 {
@@ -283,22 +301,10 @@ fn an_agent_that_is_told_otherwise_is_obeyed() {
     }
 }
 
-fn epoch(stage: &Stage) -> u32 {
-    let pins = Pins::new(stage.world.node(0).unwrap().bpffs());
-    let map = open_pinned(&pins.state(), "EPOCH").unwrap();
-    let epoch: aya::maps::Array<_, u32> = aya::maps::Map::from_map_data(map).unwrap().try_into().unwrap();
-    epoch.get(&0, 0).unwrap()
-}
-
 /// The agent tells the programs of changes at once; without it they find them by themselves.
 #[test]
 fn epochs_end_with_routes_devices_and_rules() {
-    let mut stage = counting(Layout::default(), &FAST);
-    eventually("the first epoch", || {
-        ensure!(epoch(&stage) != 0);
-        Ok(())
-    })
-    .unwrap();
+    let mut stage = skipping(Layout::default());
     let ip = |line: &str| node(&stage.world).ip(line);
     let changes: [(&str, &dyn Fn() -> anyhow::Result<()>); 6] = [
         ("a route", &|| ip("route add blackhole 192.0.2.0/24\n")),
@@ -370,7 +376,7 @@ fn epochs_end_with_routes_devices_and_rules() {
 /// C2, C3: what runs past the stack leaves a backend that serves no more, too.
 #[test]
 fn c2_udp_flows_leave_endpoints_that_do_not_serve() {
-    let stage = counting(Layout::default(), &FAST);
+    let stage = skipping(Layout::default());
     let world = &stage.world;
     let mut clients = clients(world, 1);
     for client in &mut clients {

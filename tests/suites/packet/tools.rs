@@ -68,8 +68,14 @@ fn iperf3() {
                     let mut arguments = vec!["-J", "-n", "4M", "-c", &ip, "-p", &port];
                     arguments.extend(way);
                     // The server may not listen yet, or not be done with the one before.
-                    let said = eventually("iperf3", || run(world.outside(), "iperf3", &arguments)).unwrap();
-                    let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+                    let said = eventually("iperf3", || {
+                        let said = run(world.outside(), "iperf3", &arguments)?;
+                        let said: serde_json::Value = serde_json::from_str(&said)?;
+                        // It ends with success whatever it says.
+                        ensure!(said.get("error").is_none(), "{}", said["error"]);
+                        Ok(said)
+                    });
+                    let said = said.unwrap();
                     let sent = ["/end/sum_sent/bytes", "/end/sum/bytes"];
                     let bytes = sent.iter().find_map(|path| said.pointer(path)?.as_u64());
                     assert!(bytes.is_some_and(|bytes| bytes >= 3_000_000), "{to} {way:?}: {}", said["end"]);
