@@ -1,6 +1,6 @@
 //! The agent's one loop: changes in, writes out, questions answered.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ use crate::model::{Model, OwnAddresses};
 use crate::object::{Batch, ObjectKey};
 use crate::packet::{self, PacketPath, flows};
 use crate::reconcile::{self, REST_MS, Reconciler, Report, WantedPort, WantedService};
-use crate::resolve::Policy;
+use crate::resolve::{Policy, Resolved};
 use crate::served::served;
 use crate::sockets::Closer;
 use crate::source::links::Link;
@@ -223,16 +223,17 @@ impl Agent {
             self.status.writes += packet_writes + self.hook();
             return Ok(());
         }
-        let affected = self.wanted.update(&self.model, &dirty);
-        dirty.extend(affected);
-        for key in &dirty {
-            self.told.service(key, self.wanted.problems_of(key)).iter().for_each(News::log);
+        let resolved = self.wanted.update(&self.model, &dirty);
+        for (key, resolved) in &resolved {
+            self.told.service(key, self.wanted.problems_of(key, resolved)).iter().for_each(News::log);
         }
-        let wanted: Vec<WantedService> = dirty.iter().map(|key| self.wanted_service(key)).collect();
+        // One by one, so that not all are there in both forms.
+        let wanted: Vec<WantedService> =
+            resolved.into_iter().map(|(key, resolved)| self.wanted_service(key, &resolved)).collect();
         packet_writes += self.announce(&wanted);
         let mut report = self.reconcile(&wanted, full)?;
-        self.finish(&dirty, &report);
-        report.writes += packet_writes + self.settle(&dirty, full);
+        self.finish(&wanted, &report);
+        report.writes += packet_writes + self.settle(&wanted, full);
         let served = served(&wanted);
         if let Some(packets) = &self.packets {
             packets.served(&served);
@@ -259,7 +260,7 @@ impl Agent {
     }
 
     /// After they were written.
-    fn settle(&mut self, tried: &BTreeSet<ObjectKey>, full: bool) -> usize {
+    fn settle(&mut self, tried: &[WantedService], full: bool) -> usize {
         let moved = self.reconciler.take_moved();
         let Some(packets) = &mut self.packets else { return 0 };
         // C1: at start all are looked at, for what a former run did not come to do.
@@ -268,11 +269,12 @@ impl Agent {
         } else {
             packets.moved(self.reconciler.frontends());
         }
-        let ports = tried.iter().flat_map(|key| self.wanted.service(key));
-        let ids = ports.filter_map(|resolved| self.reconciler.service_id(&resolved.key));
+        let ports = tried.iter().flat_map(|service| &service.ports);
+        let ids = ports.filter_map(|port| self.reconciler.service_id(&port.key));
         let owner = |key: &FrontendKey| self.reconciler.owner(key);
         packets.purge(ids, |id| serving(&self.kernel, id).next().is_some(), owner);
-        packets.settle(tried.iter().filter(|key| !self.failed.contains_key(key)), full)
+        let keys = tried.iter().map(|service| &service.key);
+        packets.settle(keys.filter(|key| !self.failed.contains_key(key)), full)
     }
 
     /// Hooks follow the devices once the programs find complete tables; with the first ones flows change hands.
@@ -301,10 +303,9 @@ impl Agent {
         }
     }
 
-    fn wanted_service(&self, key: &ObjectKey) -> WantedService {
-        let ports = self.wanted.service(key).iter();
+    fn wanted_service(&self, key: ObjectKey, resolved: &[Resolved]) -> WantedService {
         let port = |resolved| WantedPort::new(resolved, self.wanted.claims(), self.model.facts());
-        WantedService { key: key.clone(), ports: ports.map(port).collect() }
+        WantedService { key, ports: resolved.iter().map(port).collect() }
     }
 
     /// Attaches the programs: the tables behind them are complete now, so whoever comes finds what is wanted.
@@ -398,7 +399,7 @@ impl Agent {
     }
 
     /// Remembers what failed, says so once, and plans the next try.
-    fn finish(&mut self, tried: &BTreeSet<ObjectKey>, report: &Report) {
+    fn finish(&mut self, tried: &[WantedService], report: &Report) {
         let mut failed: BTreeMap<ObjectKey, String> = BTreeMap::new();
         for (port, error) in &report.failed {
             let mut text = error.to_string();
@@ -411,7 +412,7 @@ impl Agent {
         }
         // What fails for the first time is not made to wait for what has failed for long.
         let news = failed.keys().any(|key| !self.failed.contains_key(key));
-        for key in tried {
+        for key in tried.iter().map(|service| &service.key) {
             match (self.failed.get(key), failed.get(key)) {
                 (old, Some(new)) if old != Some(new) => {
                     tracing::error!(service = %key, error = %new, "not programmed; trying again");

@@ -139,6 +139,12 @@ impl Claims {
             .filter(|frontend| self.winner(&FrontendId::new(resolved, frontend)) == Some(&resolved.key))
     }
 
+    /// Services that want a frontend and do not get it.
+    pub fn losers(&self) -> BTreeSet<&ObjectKey> {
+        let lost = self.by_frontend.values().flat_map(|claims| claims.iter().skip(1));
+        lost.map(|claim| &claim.key.service).collect()
+    }
+
     /// What a service port wants and does not get.
     pub fn losses(&self, resolved: &Resolved) -> Vec<Problem> {
         let lost = resolved.frontends.iter().filter_map(|frontend| {

@@ -1,20 +1,20 @@
-//! What all Services want and get, kept up to date Service by Service.
+//! What all Services want and get, kept up to date Service by Service. What a Service's objects say of it is resolved
+//! when somebody asks: kept, it would be most of the agent's memory.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::claims::{Claims, FrontendId};
 use crate::model::Model;
-use crate::object::{ObjectKey, PerFamily, Problem};
-use crate::resolve::{Resolved, ServicePortKey};
+use crate::object::{ObjectKey, Problem};
+use crate::resolve::Resolved;
 
-/// Every Service resolved, and who owns each frontend.
+/// Who owns each frontend. Methods that take a model are given the one of the last update.
 #[derive(Debug, Default)]
 pub struct Wanted {
-    services: BTreeMap<ObjectKey, Vec<Resolved>>,
     problems: BTreeMap<ObjectKey, Vec<Problem>>,
     claims: Claims,
-    /// P11 depends on it, and no [`Resolved`] shows it.
-    detects_local_pods: PerFamily<bool>,
+    /// Before the first update nothing is wanted, whatever the model has already.
+    updated: bool,
 }
 
 impl Wanted {
@@ -25,55 +25,46 @@ impl Wanted {
         wanted
     }
 
-    /// Resolves the named Services anew, gone ones too. Returns those to program again: the ones whose answer changed,
-    /// and others that won or lost a frontend (S12).
+    /// Resolves the named Services anew, gone ones too. Returns all that are to be programmed again: the named ones, and
+    /// others that won or lost a frontend (S12).
     pub fn update<'a>(
         &mut self,
         model: &Model,
         services: impl IntoIterator<Item = &'a ObjectKey>,
-    ) -> BTreeSet<ObjectKey> {
-        let mut changed = BTreeSet::new();
-        // The model marks every Service when this changes, so all that needs it is among `services`.
-        let detection_changed = self.detects_local_pods != model.facts().detects_local_pods;
-        self.detects_local_pods = model.facts().detects_local_pods;
+    ) -> BTreeMap<ObjectKey, Vec<Resolved>> {
+        self.updated = true;
+        let mut changed = BTreeMap::new();
+        let mut affected = BTreeSet::new();
         for key in services {
             let (resolved, problems) = model.resolve(key).unwrap_or_default();
-            changed.extend(self.claims.update(key, &resolved));
-            if detection_changed || self.service(key) != resolved {
-                changed.insert(key.clone());
-            }
-            if resolved.is_empty() {
-                self.services.remove(key);
-            } else {
-                self.services.insert(key.clone(), resolved);
-            }
+            affected.extend(self.claims.update(key, &resolved));
             if problems.is_empty() {
                 self.problems.remove(key);
             } else {
                 self.problems.insert(key.clone(), problems);
             }
+            changed.insert(key.clone(), resolved);
+        }
+        for key in affected {
+            changed.entry(key).or_insert_with_key(|key| self.service(model, key));
         }
         changed
     }
 
     /// The service ports of one Service; empty if it is not there or not proxied.
-    pub fn service(&self, key: &ObjectKey) -> &[Resolved] {
-        self.services.get(key).map_or(&[], Vec::as_slice)
+    pub fn service(&self, model: &Model, key: &ObjectKey) -> Vec<Resolved> {
+        if self.updated { model.resolve(key).unwrap_or_default().0 } else { Vec::new() }
     }
 
     /// All service ports, sorted by key.
-    pub fn all(&self) -> impl Iterator<Item = &Resolved> {
-        self.services.values().flatten()
-    }
-
-    /// One service port.
-    pub fn port(&self, key: &ServicePortKey) -> Option<&Resolved> {
-        self.service(&key.service).iter().find(|resolved| resolved.key == *key)
+    pub fn all<'a>(&'a self, model: &'a Model) -> impl Iterator<Item = Resolved> + 'a {
+        model.services().flat_map(|key| self.service(model, key))
     }
 
     /// The service port that a VIP:port/protocol belongs to.
-    pub fn owner(&self, id: &FrontendId) -> Option<&Resolved> {
-        self.port(self.claims.winner(id)?)
+    pub fn owner(&self, model: &Model, id: &FrontendId) -> Option<Resolved> {
+        let winner = self.claims.winner(id)?;
+        self.service(model, &winner.service).into_iter().find(|resolved| resolved.key == *winner)
     }
 
     /// Who owns which frontend.
@@ -81,18 +72,20 @@ impl Wanted {
         &self.claims
     }
 
-    /// The same of one Service.
-    pub fn problems_of(&self, key: &ObjectKey) -> Vec<Problem> {
+    /// What resolving one Service found, and frontends that somebody else has (S12).
+    pub fn problems_of(&self, key: &ObjectKey, resolved: &[Resolved]) -> Vec<Problem> {
         let found = self.problems.get(key).into_iter().flatten().cloned();
-        found.chain(self.service(key).iter().flat_map(|resolved| self.claims.losses(resolved))).collect()
+        found.chain(resolved.iter().flat_map(|resolved| self.claims.losses(resolved))).collect()
     }
 
-    /// What resolving found, and frontends that somebody else has (S12). Sorted.
-    pub fn problems(&self) -> Vec<Problem> {
-        let found = self.problems.values().flatten().cloned();
-        let lost = self.all().flat_map(|resolved| self.claims.losses(resolved));
-        let sorted: BTreeSet<Problem> = found.chain(lost).collect();
-        sorted.into_iter().collect()
+    /// The same of all. Sorted.
+    pub fn problems(&self, model: &Model) -> Vec<Problem> {
+        let mut problems: BTreeSet<Problem> = self.problems.values().flatten().cloned().collect();
+        for key in self.claims.losers() {
+            let resolved = self.service(model, key);
+            problems.extend(resolved.iter().flat_map(|resolved| self.claims.losses(resolved)));
+        }
+        problems.into_iter().collect()
     }
 }
 

@@ -149,7 +149,7 @@ pub fn explain(model: &Model, from: IpAddr, to: Destination) -> Result<Explanati
     explain_of(model, &Wanted::of(model), from, to)
 }
 
-/// The same where everything is resolved already.
+/// The same where it is known who owns each frontend.
 ///
 /// # Errors
 /// [`ExplainError`] if the question has no answer.
@@ -165,16 +165,16 @@ pub fn explain_of(
     }
     let question = Question { model, wanted, from, to, origin: origin(model, from) };
     let found = question.found();
-    let decision = match found {
+    let decision = match &found {
         Some((resolved, frontend)) => question.frontend(resolved, frontend),
         None => question.no_frontend(),
     };
-    let guarded = found.is_some_and(|(resolved, frontend)| question.guarded(resolved, frontend));
+    let guarded = found.as_ref().is_some_and(|(resolved, frontend)| question.guarded(resolved, frontend));
     let (path, path_reason) = question.path(&decision, found.is_some(), guarded);
     Ok(Explanation {
         verdict: decision.verdict,
-        service: found.map(|(resolved, _)| resolved.key.to_string()),
-        frontend: found.map(|(_, frontend)| FrontendView {
+        service: found.as_ref().map(|(resolved, _)| resolved.key.to_string()),
+        frontend: found.as_ref().map(|(_, frontend)| FrontendView {
             address: frontend.address.to_string(),
             port: frontend.port,
             protocol: Some(to.protocol.name()),
@@ -223,12 +223,13 @@ impl Decision {
     }
 }
 
-impl<'a> Question<'a> {
+impl Question<'_> {
     /// The frontend that is dialled, with its owner (S12).
-    fn found(&self) -> Option<(&'a Resolved, &'a Frontend)> {
+    fn found(&self) -> Option<(Resolved, Frontend)> {
         let (address, port) = (self.to.at.ip(), self.to.at.port());
-        let resolved = self.wanted.owner(&FrontendId { address, port, protocol: self.to.protocol })?;
-        let frontend = resolved.frontends.iter().find(|f| f.address == address && f.port == port)?;
+        let resolved =
+            self.wanted.owner(self.model, &FrontendId { address, port, protocol: self.to.protocol })?;
+        let frontend = *resolved.frontends.iter().find(|f| f.address == address && f.port == port)?;
         Some((resolved, frontend))
     }
 

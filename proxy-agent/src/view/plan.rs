@@ -69,21 +69,21 @@ pub fn plan(model: &Model) -> Plan {
 
 /// All that cannot be used, of objects and of the node, sorted.
 pub fn problems(model: &Model, wanted: &Wanted) -> Vec<Problem> {
-    let problems: BTreeSet<Problem> = model.problems().into_iter().chain(wanted.problems()).collect();
+    let problems: BTreeSet<Problem> = model.problems().into_iter().chain(wanted.problems(model)).collect();
     problems.into_iter().collect()
 }
 
-/// The same where everything is resolved already.
+/// The same where it is known who owns each frontend.
 pub fn plan_of(model: &Model, wanted: &Wanted) -> Plan {
     let mut services: Vec<PlannedPort> =
-        wanted.all().map(|resolved| planned(resolved, wanted.claims())).collect();
+        wanted.all(model).map(|resolved| planned(resolved, wanted.claims())).collect();
     services.sort_by(|a, b| a.key().cmp(&b.key()));
     Plan { services, problems: problems(model, wanted) }
 }
 
-fn planned(resolved: &Resolved, claims: &Claims) -> PlannedPort {
+fn planned(resolved: Resolved, claims: &Claims) -> PlannedPort {
     let mut frontends: Vec<FrontendView> = claims
-        .won(resolved)
+        .won(&resolved)
         .map(|frontend| FrontendView {
             address: frontend.address.to_string(),
             port: frontend.port,
@@ -94,7 +94,7 @@ fn planned(resolved: &Resolved, claims: &Claims) -> PlannedPort {
     frontends.sort_by(|a, b| (&a.address, a.port).cmp(&(&b.address, b.port)));
     let mut source_ranges: Vec<String> = resolved.source_ranges.iter().map(ToString::to_string).collect();
     source_ranges.sort();
-    let mut endpoints = resolved.endpoints.clone();
+    let mut endpoints = resolved.endpoints;
     endpoints.sort_by_cached_key(|endpoint| (endpoint.address.to_string(), endpoint.port));
     PlannedPort {
         namespace: resolved.key.service.namespace.to_string(),

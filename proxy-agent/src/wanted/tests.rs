@@ -35,32 +35,35 @@ fn an_update_equals_a_full_resolve() {
         model.apply(change);
         let dirty = model.take_dirty();
         let changed = wanted.update(&model, &dirty);
-        let names: Vec<&str> = changed.iter().map(|key| key.name.as_str()).collect();
+        let names: Vec<&str> = changed.keys().map(|key| key.name.as_str()).collect();
         assert_eq!(names, expected, "step {step}");
         let full = Wanted::of(&model);
-        assert_eq!((&wanted.services, wanted.problems()), (&full.services, full.problems()), "step {step}");
-        for resolved in full.all() {
-            assert!(wanted.claims.won(resolved).eq(full.claims.won(resolved)), "step {step}");
+        assert_eq!(wanted.problems(&model), full.problems(&model), "step {step}");
+        for resolved in full.all(&model) {
+            assert!(wanted.claims.won(&resolved).eq(full.claims.won(&resolved)), "step {step}");
         }
     }
 }
 
 #[test]
+fn nothing_is_wanted_before_the_first_update() {
+    let model = model_with(Policy::default(), vec![service("a")], Vec::new());
+    assert_eq!(Wanted::default().all(&model).count(), 0);
+    assert_eq!(Wanted::of(&model).all(&model).count(), 1);
+}
+
+#[test]
 fn p11_a_change_of_local_detection_names_every_service() {
     let mut model = model_with(Policy::default(), vec![service("a")], Vec::new());
-    let mut wanted = Wanted::default();
-    let dirty = model.take_dirty();
-    wanted.update(&model, &dirty);
+    model.take_dirty();
     model.apply(Change::Node(Delta::Apply(Ok(Node { pod_cidrs: Vec::new(), ..node() }))));
-    let dirty = model.take_dirty();
-    assert_eq!(wanted.update(&model, &dirty), dirty);
-    assert_eq!(dirty.len(), 1);
+    assert_eq!(model.take_dirty().len(), 1);
 }
 
 /// What a dataplane would hold for one Service.
 type Programmed = Vec<(Resolved, Vec<(Frontend, FrontendValue)>)>;
 
-fn program(model: &Model, wanted: &Wanted, key: &ObjectKey) -> Programmed {
+fn program(model: &Model, wanted: &Wanted, resolved: &[Resolved]) -> Programmed {
     let of = |resolved: &Resolved| {
         let value = |frontend: &Frontend| frontend_value(resolved, frontend, model.facts(), 1);
         (
@@ -68,7 +71,7 @@ fn program(model: &Model, wanted: &Wanted, key: &ObjectKey) -> Programmed {
             wanted.claims().won(resolved).map(|frontend| (*frontend, value(frontend))).collect(),
         )
     };
-    wanted.service(key).iter().map(of).collect()
+    resolved.iter().map(of).collect()
 }
 
 /// One event of a small cluster in which Services compete for addresses and slices move about.
@@ -174,8 +177,8 @@ proptest! {
                 model.apply(change.clone());
             }
             let dirty = model.take_dirty();
-            for key in wanted.update(&model, &dirty) {
-                let program = program(&model, &wanted, &key);
+            for (key, resolved) in wanted.update(&model, &dirty) {
+                let program = program(&model, &wanted, &resolved);
                 if program.is_empty() {
                     programmed.remove(&key);
                 } else {
@@ -187,10 +190,10 @@ proptest! {
         let from_scratch = Wanted::of(&fresh);
         let expected: BTreeMap<ObjectKey, Programmed> = fresh
             .services()
-            .map(|key| (key.clone(), program(&fresh, &from_scratch, key)))
+            .map(|key| (key.clone(), program(&fresh, &from_scratch, &from_scratch.service(&fresh, key))))
             .filter(|(_, program)| !program.is_empty())
             .collect();
         prop_assert_eq!(programmed, expected);
-        prop_assert_eq!(wanted.problems(), from_scratch.problems());
+        prop_assert_eq!(wanted.problems(&model), from_scratch.problems(&fresh));
     }
 }

@@ -9,7 +9,7 @@ use proxy_agent::dump;
 use proxy_agent::model::{Model, OwnAddresses};
 use proxy_agent::object::{Change, Delta, ObjectKey};
 use proxy_agent::reconcile::{REST_MS, Reconciler, Report, WantedPort, WantedService};
-use proxy_agent::resolve::Policy;
+use proxy_agent::resolve::{Policy, Resolved};
 use proxy_agent::view;
 use proxy_agent::wanted::Wanted;
 
@@ -73,8 +73,9 @@ impl Engine {
         if full {
             dirty.extend(self.model.services().cloned());
         }
-        dirty.extend(self.wanted.update(&self.model, &dirty));
-        let wanted: Vec<WantedService> = dirty.iter().map(|key| self.wanted_service(key)).collect();
+        let resolved = self.wanted.update(&self.model, &dirty);
+        let wanted: Vec<WantedService> =
+            resolved.into_iter().map(|(key, resolved)| self.wanted_service(key, &resolved)).collect();
         let report = self.reconciler.sync(&mut self.dataplane, &wanted, full, self.now_ms);
         self.synced = true;
         self.failed = report.failed.iter().map(|(key, _)| key.service.clone()).collect();
@@ -97,10 +98,9 @@ impl Engine {
         panic!("{:?} fail for ever", self.failed);
     }
 
-    fn wanted_service(&self, key: &ObjectKey) -> WantedService {
-        let ports = self.wanted.service(key).iter();
+    fn wanted_service(&self, key: ObjectKey, resolved: &[Resolved]) -> WantedService {
         let port = |resolved| WantedPort::new(resolved, self.wanted.claims(), self.model.facts());
-        WantedService { key: key.clone(), ports: ports.map(port).collect() }
+        WantedService { key, ports: resolved.iter().map(port).collect() }
     }
 
     /// The tables in symbols, one entry per line, sorted; then what could not be used.
@@ -135,7 +135,8 @@ impl Engine {
             }
         }
         lines.sort();
-        let problems: BTreeSet<_> = self.model.problems().into_iter().chain(self.wanted.problems()).collect();
+        let problems: BTreeSet<_> =
+            self.model.problems().into_iter().chain(self.wanted.problems(&self.model)).collect();
         lines.extend(
             problems
                 .iter()
