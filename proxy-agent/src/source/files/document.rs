@@ -134,6 +134,14 @@ pub(super) struct Parsed {
     pub(super) broken: Vec<Broken>,
 }
 
+impl Parsed {
+    /// What it holds, readable or not.
+    pub(super) fn ids(&self) -> impl Iterator<Item = &Id> {
+        let broken = self.broken.iter().filter_map(|broken| broken.id.as_ref());
+        self.entries.iter().map(|entry| &entry.id).chain(broken)
+    }
+}
+
 /// Reads a file. Never fails: what cannot be read is in `broken`.
 pub(super) fn parse(file: &str, bytes: &[u8]) -> Parsed {
     let mut out = Parsed::default();

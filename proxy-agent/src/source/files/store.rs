@@ -1,6 +1,6 @@
 //! What all manifest files together say, and what changes when one of them does. No IO.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use tracing::{debug, warn};
@@ -16,8 +16,15 @@ struct File {
     broken: Vec<Broken>,
 }
 
-/// What was last said of an object.
-#[derive(Clone, PartialEq, Eq, Default)]
+impl File {
+    /// What it holds, readable or not.
+    fn ids(&self) -> impl Iterator<Item = &Id> {
+        self.objects.keys().chain(self.broken.iter().filter_map(|broken| broken.id.as_ref()))
+    }
+}
+
+/// What is to be said of an object.
+#[derive(PartialEq, Eq, Default)]
 struct Said {
     /// Its last good state, and the other places that claim it, too.
     good: Option<(Arc<Object>, Vec<String>)>,
@@ -34,7 +41,6 @@ pub(super) struct Store {
     files: BTreeMap<String, File>,
     /// Which files have, or had when last readable, an object, or have a broken one of that name.
     claims: BTreeMap<Id, Claimants>,
-    said: BTreeMap<Id, Said>,
     derive: Derive,
 }
 
@@ -47,21 +53,25 @@ impl Store {
     /// A file is new, changed or (`None`) gone. Returns what that changes: what is new and changed first, then what is
     /// gone, so that what moves from one file to another is never missing.
     pub(super) fn update(&mut self, updates: Vec<(String, Option<Parsed>)>) -> Vec<Change> {
-        let mut touched = BTreeSet::new();
+        // Of all that these files held or hold, what was said before.
+        let mut before: BTreeMap<Id, Said> = BTreeMap::new();
+        for (name, parsed) in &updates {
+            let held = self.files.get(name).into_iter().flat_map(File::ids);
+            for id in held.chain(parsed.iter().flat_map(Parsed::ids)) {
+                before.entry(id.clone()).or_insert_with_key(|id| self.say(id));
+            }
+        }
         let mut keyless = Vec::new();
         for (name, parsed) in updates {
-            self.replace(&name, parsed, &mut touched, &mut keyless);
+            self.replace(&name, parsed, &mut keyless);
         }
         let mut applied: Vec<Change> = Vec::new();
         let mut deleted = Vec::new();
-        for id in touched {
+        for (id, old) in before {
             let said = self.say(&id);
-            let old = if said == Said::default() {
-                self.said.remove(&id)
-            } else {
-                self.said.insert(id.clone(), said.clone())
+            if self.claims.get(&id).is_some_and(Vec::is_empty) {
+                self.claims.remove(&id);
             }
-            .unwrap_or_default();
             if old == said {
                 continue;
             }
@@ -106,7 +116,8 @@ impl Store {
         let mut slices: Vec<Read<Slice>> = Vec::new();
         let keyless = self.files.values().flat_map(|f| &f.broken).filter(|b| b.id.is_none());
         services.extend(keyless.map(|broken| Err(broken.unreadable())));
-        for (id, said) in &self.said {
+        for id in self.claims.keys() {
+            let said = self.say(id);
             let changes = match (&said.good, &said.broken) {
                 (Some(good), _) => application(id, good),
                 (None, Some(broken)) => failure(id.kind, broken),
@@ -136,19 +147,12 @@ impl Store {
     }
 
     /// Puts the new content of one file in place of the old.
-    fn replace(
-        &mut self,
-        name: &str,
-        parsed: Option<Parsed>,
-        touched: &mut BTreeSet<Id>,
-        keyless: &mut Vec<Change>,
-    ) {
+    fn replace(&mut self, name: &str, parsed: Option<Parsed>, keyless: &mut Vec<Change>) {
         let old = self.files.remove(name).unwrap_or_default();
-        for id in old.objects.keys().chain(old.broken.iter().filter_map(|b| b.id.as_ref())) {
+        for id in old.ids() {
             if let Some(files) = self.claims.get_mut(id) {
                 files.retain(|file| *file != name);
             }
-            touched.insert(id.clone());
         }
         let is_keyless = |broken: &&Broken| broken.id.is_none();
         let before: Vec<&Broken> = old.broken.iter().filter(is_keyless).collect();
@@ -178,18 +182,17 @@ impl Store {
             // Whoever gets the changes tells people.
             debug!("{broken}; what it held before stays in force");
         }
-        for id in new.objects.keys().chain(new.broken.iter().filter_map(|b| b.id.as_ref())) {
+        for id in new.ids() {
             let files = self.claims.entry(id.clone()).or_insert_with(|| Vec::with_capacity(1));
             if let Err(place) = files.binary_search_by(|file| (**file).cmp(name)) {
                 files.insert(place, name.into());
             }
-            touched.insert(id.clone());
         }
         self.files.insert(name.to_owned(), new);
     }
 
     /// What is to be said of an object now.
-    fn say(&mut self, id: &Id) -> Said {
+    fn say(&self, id: &Id) -> Said {
         let Some(claims) = self.claims.get(id) else {
             return Said::default();
         };
@@ -208,9 +211,6 @@ impl Store {
             if said.broken.is_none() {
                 said.broken = file.broken.iter().find(|b| b.id.as_ref() == Some(id)).cloned().map(Box::new);
             }
-        }
-        if claims.is_empty() {
-            self.claims.remove(id);
         }
         said
     }
