@@ -106,7 +106,7 @@ impl Claims {
             }
         }
         for (id, claim) in new {
-            let claims = self.by_frontend.entry(id).or_default();
+            let claims = self.by_frontend.entry(id).or_insert_with(|| Vec::with_capacity(1));
             if let Err(place) = claims.binary_search(&claim) {
                 claims.insert(place, claim);
             }

@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Serialize, Serializer};
 
-/// A name, or another text that comes up again and again.
+/// A name, or another text that comes up again and again. One pointer: there are many more of these than texts.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Name(Arc<str>);
+pub struct Name(Arc<Box<str>>);
 
 /// All names.
 #[derive(Default)]
@@ -42,7 +42,7 @@ impl Known {
             // Not before as many are new: so a name costs the same, however many there are.
             self.look_at = FEW.max(self.names.len() * 2);
         }
-        let name = Name(text.into());
+        let name = Name(Arc::new(text.into()));
         self.names.insert(name.clone());
         name
     }
