@@ -6,8 +6,9 @@ use std::net::SocketAddr;
 
 use proxy_common::abi::{Backend, BackendId, ServiceId, SetWord};
 
+use super::members::Member;
 use super::pool::{Places, Runs};
-use super::port::{Member, PortState, Run, SETS};
+use super::port::{PortState, Run, SETS};
 use super::ranges::Ranges;
 use super::{Reconciler, References};
 use crate::dataplane::{Dataplane, RecordWord, Write};
@@ -115,12 +116,14 @@ impl Used {
                 let member = Member { id: *id, state: backend.state() };
                 let to = if word == RecordWord::Draining { &mut state.drained } else { &mut state.members };
                 // Two for one address: a set that is on its way out may lead to an older one. Either may stay.
-                if to.entry(address).or_insert(member).id != *id {
-                    state.held.insert(*id, (address, member.state));
+                match to.get(&address) {
+                    None => to.insert(address, member),
+                    Some(other) if other.id == *id => {}
+                    Some(_) => drop(state.held.insert(*id, (address, member.state))),
                 }
             }
             if let Some(run) = state.runs.get_mut(index) {
-                *run = Run { first: set.first(), ids };
+                *run = Run { first: set.first(), ids: ids.into() };
             }
         }
         // Not `append`, which builds the whole set anew.

@@ -12,6 +12,7 @@
 
 mod adopt;
 mod grow;
+mod members;
 mod pool;
 mod port;
 mod ranges;
@@ -151,7 +152,8 @@ impl References {
 #[derive(Debug)]
 pub struct Reconciler {
     limits: Limits,
-    ports: BTreeMap<ServicePortKey, PortState>,
+    /// Boxed: a tree has room for nearly twice as many as there are.
+    ports: BTreeMap<ServicePortKey, Box<PortState>>,
     /// Records found in the kernel at start that no wanted service port has claimed yet.
     adopted: BTreeMap<ServiceId, PortState>,
     /// Records that no service port wants; they stay until no frontend points to them and they have rested.
@@ -203,7 +205,7 @@ impl Reconciler {
         for key in self.gone(wanted, full) {
             if let Some(state) = self.ports.remove(&key) {
                 orphans.extend(state.frontends.iter().map(|key| (*key, state.id)));
-                self.retired.push((now_ms, state));
+                self.retired.push((now_ms, *state));
             }
         }
         let mut upserts: Vec<(&ServicePortKey, FrontendKey, FrontendValue)> = Vec::new();

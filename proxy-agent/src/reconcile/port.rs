@@ -8,6 +8,7 @@ use proxy_common::abi::{
     ServiceRecord, SetWord, WhenEmpty,
 };
 
+use super::members::{Member, Members};
 use super::{Error, Reconciler, Table, WantedPort};
 use crate::dataplane::{Dataplane, RecordWord, Write};
 use crate::resolve::ServicePortKey;
@@ -21,10 +22,10 @@ pub(super) struct PortState {
     /// The runs that the words point to, in the order of [`SETS`].
     pub(super) runs: [Run; 3],
     /// Backends of the cluster and the local set.
-    pub(super) members: BTreeMap<SocketAddr, Member>,
+    pub(super) members: Members,
     /// Backends that left both sets and still serve. One that comes back to a set gets a new id there, so that affinity
     /// does not draw its old clients back (A4), while datagram flows stay with the old one (C2).
-    pub(super) drained: BTreeMap<SocketAddr, Member>,
+    pub(super) drained: Members,
     /// Which of [`SETS`] the service port no longer uses. The word stays until no frontend asks for it: before that, it
     /// would be missing.
     pub(super) withdrawn: [bool; 3],
@@ -39,14 +40,7 @@ pub(super) struct PortState {
 pub(super) struct Run {
     pub(super) first: u32,
     /// Sorted.
-    pub(super) ids: Vec<BackendId>,
-}
-
-/// A backend as written.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Member {
-    pub(super) id: BackendId,
-    pub(super) state: BackendState,
+    pub(super) ids: Box<[BackendId]>,
 }
 
 /// The record's words that are sets.
@@ -58,8 +52,8 @@ impl PortState {
             id,
             record,
             runs: Default::default(),
-            members: BTreeMap::new(),
-            drained: BTreeMap::new(),
+            members: Members::default(),
+            drained: Members::default(),
             withdrawn: [false; 3],
             held: BTreeMap::new(),
             frontends: Vec::new(),
@@ -81,9 +75,9 @@ impl PortState {
 
     /// All backends of this record.
     pub(super) fn tenants(&self) -> BTreeMap<BackendId, (SocketAddr, BackendState)> {
-        let named = self.members.iter().chain(&self.drained);
+        let named = self.members.iter().chain(self.drained.iter());
         let mut tenants = self.held.clone();
-        tenants.extend(named.map(|(address, member)| (member.id, (*address, member.state))));
+        tenants.extend(named.map(|(address, member)| (member.id, (address, member.state))));
         tenants
     }
 
@@ -127,8 +121,8 @@ impl Run {
 /// What a port's record shall become; ids are given out, nothing is written.
 #[derive(Default)]
 struct Next {
-    members: BTreeMap<SocketAddr, Member>,
-    drained: BTreeMap<SocketAddr, Member>,
+    members: Members,
+    drained: Members,
     new_ids: Vec<BackendId>,
     /// Backends that stay, with another state.
     changes: Vec<StateChange>,
@@ -149,9 +143,9 @@ impl StateChange {
     }
 
     /// A write of this change failed somewhere: both states may be written.
-    fn is_unsure(&self, members: &mut BTreeMap<SocketAddr, Member>) {
-        if let Some(member) = members.get_mut(&self.address).filter(|member| member.id == self.id) {
-            member.state = self.both;
+    fn is_unsure(&self, members: &mut Members) {
+        if members.get(&self.address).is_some_and(|member| member.id == self.id) {
+            members.insert(self.address, Member { id: self.id, state: self.both });
         }
     }
 }
@@ -179,7 +173,7 @@ impl Reconciler {
         claims: &BTreeMap<FrontendKey, ServicePortKey>,
         dataplane: &impl Dataplane,
         now_ms: u64,
-    ) -> Result<PortState, Error> {
+    ) -> Result<Box<PortState>, Error> {
         if let Some(state) = self.ports.remove(&port.key) {
             return Ok(state);
         }
@@ -190,13 +184,13 @@ impl Reconciler {
             if self.adopted.get(&id).is_some_and(|state| state.frontends.iter().all(is_mine))
                 && let Some(state) = self.adopted.remove(&id)
             {
-                return Ok(state);
+                return Ok(Box::new(state));
             }
         }
         let full = Error::Full { table: Table::Services, limit: self.limits.services };
         let id = self.service_ids.take(now_ms).ok_or(full)?;
         // Whatever a former tenant left there is compared, not assumed.
-        Ok(PortState::new(id, dataplane.record(id)))
+        Ok(Box::new(PortState::new(id, dataplane.record(id))))
     }
 
     /// Steps 1 and 2 of the commit. After an error the record still is, word by word, either as before or as wanted.
@@ -209,10 +203,10 @@ impl Reconciler {
         written: &mut usize,
     ) -> Result<(), Error> {
         let mut next = self.next(state, port, now_ms)?;
-        let wanted_ids: [Option<Vec<BackendId>>; 3] = [
+        let wanted_ids: [Option<Box<[BackendId]>>; 3] = [
             port.uses_cluster_set.then(|| ids(&next.members, port, |m| m.cluster)),
             port.uses_local_set.then(|| ids(&next.members, port, |m| m.local)),
-            (!next.drained.is_empty()).then(|| sorted(next.drained.values().map(|member| member.id))),
+            (!next.drained.is_empty()).then(|| sorted(next.drained.iter().map(|(_, member)| member.id))),
         ];
         let runs = match self.place(state, wanted_ids, &mut next.writes, now_ms) {
             Ok(runs) => runs,
@@ -237,8 +231,8 @@ impl Reconciler {
         let result = self.store_words(state, port, runs, dataplane, now_ms, written);
         if result.is_err() {
             // Some words may point to old members, others to new ones: keep all, the next comparison sorts it out.
-            state.members.append(&mut next.members);
-            state.drained.append(&mut next.drained);
+            next.members.iter().for_each(|(address, member)| state.members.insert(address, member));
+            next.drained.iter().for_each(|(address, member)| state.drained.insert(address, member));
             state.are_unsure(&next.changes);
             state.held.extend(old);
             return result;
@@ -263,12 +257,12 @@ impl Reconciler {
 
     /// Gives every wanted endpoint its backend id, keeping the ids of those that stay.
     fn next(&mut self, state: &PortState, port: &WantedPort, now_ms: u64) -> Result<Next, Error> {
-        let mut next = Next::default();
+        let mut next = Next { members: Members::with_capacity(port.endpoints.len()), ..Next::default() };
         for (address, wanted) in &port.endpoints {
             let (old, drained) = (state.members.get(address), state.drained.get(address));
             if wanted.in_a_set() {
                 match old {
-                    Some(member) => next.keep(*address, *member, *wanted),
+                    Some(member) => next.keep(*address, member, *wanted),
                     None => {
                         let Some(id) = self.new_backend(now_ms) else {
                             self.forget(&next.new_ids, &[]);
@@ -281,12 +275,12 @@ impl Reconciler {
                     }
                 }
                 if let (Some(member), true) = (drained, wanted.serving) {
-                    next.drained.insert(*address, *member);
+                    next.drained.insert(*address, member);
                 }
             } else if wanted.serving {
                 // The younger id has the younger flows.
                 if let Some(member) = old.or(drained) {
-                    next.keep(*address, *member, *wanted);
+                    next.keep(*address, member, *wanted);
                 }
             }
         }
@@ -298,7 +292,7 @@ impl Reconciler {
     fn place(
         &mut self,
         state: &PortState,
-        wanted: [Option<Vec<BackendId>>; 3],
+        wanted: [Option<Box<[BackendId]>>; 3],
         writes: &mut Vec<Write>,
         now_ms: u64,
     ) -> Result<[(Option<Run>, Placed); 3], Error> {
@@ -325,7 +319,7 @@ impl Reconciler {
                 });
             match result {
                 Ok(first) => {
-                    let numbered = (first..).zip(&ids);
+                    let numbered = (first..).zip(ids.iter());
                     writes.extend(numbered.map(|(index, id)| Write::Slot { index, value: *id }));
                     *to = (Some(Run { first, ids }), Placed::Moved);
                 }
@@ -539,19 +533,15 @@ fn next_affinity(current: AffinityWord, timeout_s: Option<u32>) -> AffinityWord 
     AffinityWord::new(wanted, epoch)
 }
 
-fn ids(
-    members: &BTreeMap<SocketAddr, Member>,
-    port: &WantedPort,
-    belongs: impl Fn(&BackendState) -> bool,
-) -> Vec<BackendId> {
+fn ids(members: &Members, port: &WantedPort, belongs: impl Fn(&BackendState) -> bool) -> Box<[BackendId]> {
     let in_set = port.endpoints.iter().filter(|(_, state)| belongs(state));
     sorted(in_set.filter_map(|(address, _)| members.get(address)).map(|member| member.id))
 }
 
-fn sorted(ids: impl Iterator<Item = BackendId>) -> Vec<BackendId> {
+fn sorted(ids: impl Iterator<Item = BackendId>) -> Box<[BackendId]> {
     let mut ids: Vec<_> = ids.collect();
     ids.sort_unstable();
-    ids
+    ids.into()
 }
 
 pub(super) fn backend(address: SocketAddr, state: BackendState, id: BackendId) -> Backend {

@@ -119,6 +119,7 @@ impl Reconciler {
         let known: BTreeSet<ServiceId> = self
             .ports
             .values()
+            .map(Box::as_ref)
             .chain(self.adopted.values())
             .chain(self.retired.iter().map(|(_, state)| state))
             .map(|state| state.id)
