@@ -6,6 +6,7 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use self::store::Store;
 use crate::object::{Change, Delta, Node, ObjectKey, Problem, Service, Slice};
@@ -97,7 +98,7 @@ impl Model {
     fn apply_slices(&mut self, delta: Delta<Slice>) {
         for (key, old) in self.slices.apply(delta) {
             // E2: a slice whose label changed leaves its old Service and joins the new one.
-            if let Some(owner) = old.as_ref().and_then(owner) {
+            if let Some(owner) = old.as_deref().and_then(owner) {
                 if let Some(keys) = self.slices_of.get_mut(&owner) {
                     keys.retain(|other| *other != key);
                     if keys.is_empty() {
@@ -135,7 +136,7 @@ impl Model {
             match read {
                 Ok(node) if node.name == self.context.node_name => {
                     self.nodes.unreadable.clear();
-                    self.set_node(node);
+                    self.set_node(Arc::unwrap_or_clone(node));
                 }
                 Ok(_) => {}
                 Err(unreadable) => {

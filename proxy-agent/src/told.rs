@@ -146,7 +146,7 @@ mod tests {
     fn node(name: &str, messages: &[&str]) -> Read<Node> {
         let object = format!("Node {name}");
         let problems = messages.iter().map(|message| problem(&object, message)).collect();
-        Ok(Node { name: name.to_owned(), zone: None, addresses: vec![], pod_cidrs: vec![], problems })
+        Ok(Node { name: name.to_owned(), zone: None, addresses: vec![], pod_cidrs: vec![], problems }.into())
     }
 
     fn list(reads: Vec<Read<Node>>) -> Change {

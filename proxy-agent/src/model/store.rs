@@ -1,6 +1,7 @@
 //! All objects of one kind, each in its last good state.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use crate::object::{Delta, ObjectKey, Problem, Read, Service, Slice};
 
@@ -78,7 +79,7 @@ pub(super) const MAX_NAMELESS: usize = 100;
 /// All objects of one kind.
 #[derive(Debug)]
 pub(super) struct Store<T> {
-    objects: BTreeMap<ObjectKey, T>,
+    objects: BTreeMap<ObjectKey, Arc<T>>,
     /// Newest state cannot be read; `objects` has the last good one, if there was one.
     unreadable: BTreeMap<ObjectKey, Problem>,
     nameless: BTreeSet<Problem>,
@@ -99,7 +100,7 @@ impl<T> Default for Store<T> {
 
 impl<T: Object> Store<T> {
     pub(super) fn get(&self, key: &ObjectKey) -> Option<&T> {
-        self.objects.get(key)
+        self.objects.get(key).map(Arc::as_ref)
     }
 
     pub(super) fn keys(&self) -> impl Iterator<Item = &ObjectKey> {
@@ -107,7 +108,7 @@ impl<T: Object> Store<T> {
     }
 
     pub(super) fn problems(&self) -> impl Iterator<Item = &Problem> {
-        let objects = self.objects.values().flat_map(Object::problems);
+        let objects = self.objects.values().flat_map(|object| object.problems());
         objects.chain(self.unreadable.values()).chain(&self.nameless)
     }
 
@@ -117,7 +118,7 @@ impl<T: Object> Store<T> {
     }
 
     /// Returns what really changed, each with the state before.
-    pub(super) fn apply(&mut self, delta: Delta<T>) -> Vec<(ObjectKey, Option<T>)> {
+    pub(super) fn apply(&mut self, delta: Delta<T>) -> Vec<(ObjectKey, Option<Arc<T>>)> {
         let mut changed = Vec::new();
         match delta {
             Delta::List(reads) => {
@@ -146,8 +147,8 @@ impl<T: Object> Store<T> {
     fn take_in(
         &mut self,
         read: Read<T>,
-        old: &mut BTreeMap<ObjectKey, T>,
-        changed: &mut Vec<(ObjectKey, Option<T>)>,
+        old: &mut BTreeMap<ObjectKey, Arc<T>>,
+        changed: &mut Vec<(ObjectKey, Option<Arc<T>>)>,
     ) {
         match read {
             Ok(object) => {

@@ -11,11 +11,11 @@ fn dirty(model: &mut Model) -> Vec<String> {
 }
 
 fn apply_service(model: &mut Model, service: Service) {
-    model.apply(Change::Service(Delta::Apply(Ok(service))));
+    model.apply(Change::Service(Delta::Apply(Ok(service.into()))));
 }
 
 fn apply_slice(model: &mut Model, slice: Slice) {
-    model.apply(Change::Slice(Delta::Apply(Ok(slice))));
+    model.apply(Change::Slice(Delta::Apply(Ok(slice.into()))));
 }
 
 fn endpoints_of(model: &Model, service: &str) -> Vec<String> {
@@ -78,7 +78,7 @@ fn s11_equal_data_is_no_change() {
     apply_service(&mut model, Service { problems: vec![complaint.clone()], ..service("a") });
     assert_eq!(dirty(&mut model), [""; 0]);
     assert_eq!(model.problems(), [complaint]);
-    model.apply(Change::Service(Delta::List(vec![Ok(service("b")), Ok(service("a"))])));
+    model.apply(Change::Service(Delta::List(vec![Ok(service("b").into()), Ok(service("a").into())])));
     assert_eq!(dirty(&mut model), [""; 0]);
     apply_service(&mut model, Service { internal_local: true, ..service("a") });
     assert_eq!(dirty(&mut model), ["a"]);
@@ -147,7 +147,7 @@ fn e11_a_slice_takes_only_its_own_endpoints_away() {
 #[test]
 fn q7_absence_counts_in_a_list_only() {
     let mut model = two();
-    model.apply(Change::Slice(Delta::List(vec![Ok(slice("b-1", "b", vec![endpoint("10.244.2.2")]))])));
+    model.apply(Change::Slice(Delta::List(vec![Ok(slice("b-1", "b", vec![endpoint("10.244.2.2")]).into())])));
     assert_eq!(dirty(&mut model), ["a"]);
     assert_eq!(endpoints_of(&model, "a"), [""; 0]);
     model.apply(Change::Service(Delta::List(Vec::new())));
@@ -159,16 +159,19 @@ fn q7_absence_counts_in_a_list_only() {
 fn an_unreadable_object_keeps_its_last_good_state() {
     let mut model = two();
     let bad = broken(Some(key("a")), "bad");
-    for delta in [Delta::Apply(Err(bad.clone())), Delta::List(vec![Err(bad.clone()), Ok(service("b"))])] {
+    for delta in
+        [Delta::Apply(Err(bad.clone())), Delta::List(vec![Err(bad.clone()), Ok(service("b").into())])]
+    {
         model.apply(Change::Service(delta));
         assert_eq!(dirty(&mut model), [""; 0]);
         assert_eq!(endpoints_of(&model, "a"), ["10.244.2.1"]);
         assert_eq!(model.problems(), std::slice::from_ref(&bad.problem));
     }
     // A good one takes the complaint away, whatever comes first in the list.
-    for reads in
-        [vec![Ok(service("a")), Ok(service("b"))], vec![Err(bad.clone()), Ok(service("a")), Ok(service("b"))]]
-    {
+    for reads in [
+        vec![Ok(service("a").into()), Ok(service("b").into())],
+        vec![Err(bad.clone()), Ok(service("a").into()), Ok(service("b").into())],
+    ] {
         model.apply(Change::Service(Delta::List(reads)));
         assert_eq!((dirty(&mut model), model.problems()), (vec![], vec![]));
     }
@@ -180,7 +183,7 @@ fn an_unreadable_object_keeps_its_last_good_state() {
     // Deleted or no longer listed: the complaint goes with it.
     model.apply(Change::Service(Delta::Delete(key("new"))));
     assert_eq!(model.problems().len(), 1);
-    model.apply(Change::Service(Delta::List(vec![Ok(service("a")), Ok(service("b"))])));
+    model.apply(Change::Service(Delta::List(vec![Ok(service("a").into()), Ok(service("b").into())])));
     assert_eq!(model.problems(), []);
 }
 
@@ -197,8 +200,8 @@ fn nameless_junk_has_a_bound() {
 fn an_object_twice_in_one_list_leaves_no_trace_of_the_first() {
     let mut model = two();
     model.apply(Change::Slice(Delta::List(vec![
-        Ok(slice("x", "a", vec![endpoint("10.244.2.8")])),
-        Ok(slice("x", "b", vec![endpoint("10.244.2.9")])),
+        Ok(slice("x", "a", vec![endpoint("10.244.2.8")]).into()),
+        Ok(slice("x", "b", vec![endpoint("10.244.2.9")]).into()),
     ])));
     assert_eq!(endpoints_of(&model, "a"), [""; 0]);
     assert_eq!(endpoints_of(&model, "b"), ["10.244.2.9"]);
@@ -208,7 +211,7 @@ fn an_object_twice_in_one_list_leaves_no_trace_of_the_first() {
 #[test]
 fn p9_only_the_own_nodes_zone_matters() {
     let mut model = two();
-    let apply = |model: &mut Model, node: Node| model.apply(Change::Node(Delta::Apply(Ok(node))));
+    let apply = |model: &mut Model, node: Node| model.apply(Change::Node(Delta::Apply(Ok(node.into()))));
     apply(&mut model, node());
     apply(&mut model, Node { name: "n2".into(), zone: Some("z".into()), ..node() });
     assert_eq!(dirty(&mut model), [""; 0]);
@@ -231,7 +234,7 @@ fn p9_only_the_own_nodes_zone_matters() {
 fn o4_a_node_that_is_not_there_is_said() {
     let mut model = Model::new("n9", Policy::default(), OwnAddresses::FromNode);
     assert_eq!(model.problems(), []);
-    model.apply(Change::Node(Delta::List(vec![Ok(node())])));
+    model.apply(Change::Node(Delta::List(vec![Ok(node().into())])));
     assert_eq!(model.problems()[0].object, "Node n9");
 }
 
@@ -247,7 +250,7 @@ fn n4_address_changes_that_matter_mark_all() {
     assert_eq!(dirty(&mut model), ["a", "b"]);
     // M1: so does the range that tells pods.
     let node = Node { pod_cidrs: vec![net("10.244.7.0/24")], ..node() };
-    model.apply(Change::Node(Delta::Apply(Ok(node))));
+    model.apply(Change::Node(Delta::Apply(Ok(node.into()))));
     assert_eq!(dirty(&mut model), ["a", "b"]);
 }
 
@@ -255,7 +258,7 @@ fn n4_address_changes_that_matter_mark_all() {
 fn offline_the_nodes_addresses_are_the_own_ones() {
     let mut model = Model::new("n1", Policy::default(), OwnAddresses::FromNode);
     model.apply(Change::OwnAddresses(ips(&["198.51.100.1"])));
-    model.apply(Change::Node(Delta::List(vec![Ok(node())])));
+    model.apply(Change::Node(Delta::List(vec![Ok(node().into())])));
     let own: Vec<String> = model.context().own_addresses.iter().map(ToString::to_string).collect();
     assert_eq!(own, ["192.0.2.1", "2001:db8::1"]);
 }

@@ -255,8 +255,8 @@ pub struct Unreadable {
     pub problem: Problem,
 }
 
-/// One object as a source reports it.
-pub type Read<T> = Result<T, Unreadable>;
+/// One object as a source reports it. Shared: a source may keep it, and the model does.
+pub type Read<T> = Result<Arc<T>, Unreadable>;
 
 /// What a source reports about one kind of object.
 #[derive(Clone, PartialEq, Eq, Debug)]

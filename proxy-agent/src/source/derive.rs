@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
@@ -240,7 +241,7 @@ impl Derive {
             applied.extend(
                 new.iter()
                     .filter(|(key, slice)| old.get(key) != Some(slice))
-                    .map(|(_, slice)| Delta::Apply(Ok(slice.clone()))),
+                    .map(|(_, slice)| Delta::Apply(Ok(Arc::new(slice.clone())))),
             );
             if !new.is_empty() {
                 self.slices.insert(service, new);

@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use proptest::prelude::*;
 use proxy_common::abi::FrontendValue;
@@ -20,12 +21,12 @@ fn an_update_equals_a_full_resolve() {
     let (a, b, c) = (claiming("a", "10.96.0.1"), claiming("b", "10.96.0.2"), claiming("c", "10.96.0.3"));
     let b_ready = slice("b-1", "b", vec![endpoint("10.244.2.1")]);
     let steps: Vec<(Change, &[&str])> = vec![
-        (Change::Service(Delta::Apply(Ok(a.clone()))), &["a"]),
-        (Change::Service(Delta::Apply(Ok(b))), &["b"]),
-        (Change::Service(Delta::Apply(Ok(c))), &["c"]),
+        (Change::Service(Delta::Apply(Ok(a.clone().into()))), &["a"]),
+        (Change::Service(Delta::Apply(Ok(b.into()))), &["b"]),
+        (Change::Service(Delta::Apply(Ok(c.into()))), &["c"]),
         // S12: b gets an endpoint and with it the external IP.
-        (Change::Slice(Delta::Apply(Ok(b_ready))), &["a", "b"]),
-        (Change::Service(Delta::Apply(Ok(a.clone()))), &[]),
+        (Change::Slice(Delta::Apply(Ok(b_ready.into()))), &["a", "b"]),
+        (Change::Service(Delta::Apply(Ok(a.clone().into()))), &[]),
         (Change::Service(Delta::Delete(ObjectKey::new("ns", "b"))), &["a", "b"]),
         (Change::Service(Delta::Delete(ObjectKey::new("ns", "a"))), &["a", "c"]),
     ];
@@ -56,7 +57,7 @@ fn nothing_is_wanted_before_the_first_update() {
 fn p11_a_change_of_local_detection_names_every_service() {
     let mut model = model_with(Policy::default(), vec![service("a")], Vec::new());
     model.take_dirty();
-    model.apply(Change::Node(Delta::Apply(Ok(Node { pod_cidrs: Vec::new(), ..node() }))));
+    model.apply(Change::Node(Delta::Apply(Ok(Node { pod_cidrs: Vec::new(), ..node() }.into()))));
     assert_eq!(model.take_dirty().len(), 1);
 }
 
@@ -113,18 +114,18 @@ fn event() -> impl Strategy<Value = Change> {
         key: Some(key),
     };
     prop_oneof![
-        4 => service.clone().prop_map(|service| Change::Service(Delta::Apply(Ok(service)))),
+        4 => service.clone().prop_map(|service| Change::Service(Delta::Apply(Ok(service.into())))),
         1 => prop::collection::vec(service, 0..3)
-            .prop_map(|list| Change::Service(Delta::List(list.into_iter().map(Ok).collect()))),
+            .prop_map(|list| Change::Service(Delta::List(list.into_iter().map(Arc::new).map(Ok).collect()))),
         1 => name.clone().prop_map(|name| Change::Service(Delta::Delete(ObjectKey::new("ns", name)))),
         1 => name.prop_map(move |name| {
             Change::Service(Delta::Apply(Err(unreadable(ObjectKey::new("ns", name)))))
         }),
-        6 => slice.clone().prop_map(|slice| Change::Slice(Delta::Apply(Ok(slice)))),
+        6 => slice.clone().prop_map(|slice| Change::Slice(Delta::Apply(Ok(slice.into())))),
         1 => prop::collection::vec(slice, 0..3)
-            .prop_map(|list| Change::Slice(Delta::List(list.into_iter().map(Ok).collect()))),
+            .prop_map(|list| Change::Slice(Delta::List(list.into_iter().map(Arc::new).map(Ok).collect()))),
         1 => slice_name.prop_map(|name| Change::Slice(Delta::Delete(ObjectKey::new("ns", name)))),
-        1 => node.prop_map(|node| Change::Node(Delta::Apply(Ok(node)))),
+        1 => node.prop_map(|node| Change::Node(Delta::Apply(Ok(node.into())))),
         1 => any::<bool>().prop_map(|more| {
             Change::OwnAddresses(ips(if more { &["192.0.2.1", "192.0.2.2"] } else { &["192.0.2.2"] }))
         }),
@@ -133,9 +134,10 @@ fn event() -> impl Strategy<Value = Change> {
 
 /// The objects as one complete list each, as after a restart.
 fn restart(changes: &[Change]) -> Model {
-    let mut objects: (BTreeMap<ObjectKey, Service>, BTreeMap<ObjectKey, Slice>) = Default::default();
+    let mut objects: (BTreeMap<ObjectKey, Arc<Service>>, BTreeMap<ObjectKey, Arc<Slice>>) =
+        Default::default();
     let mut model = Model::new("n1", Policy::default(), OwnAddresses::Reported);
-    fn take<T: Clone>(objects: &mut BTreeMap<ObjectKey, T>, delta: &Delta<T>, key: impl Fn(&T) -> ObjectKey) {
+    fn take<T>(objects: &mut BTreeMap<ObjectKey, Arc<T>>, delta: &Delta<T>, key: impl Fn(&T) -> ObjectKey) {
         match delta {
             Delta::List(reads) => {
                 let read = reads.iter().filter_map(|read| read.as_ref().ok());

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
 use proxy_agent::object::{self, Change, Delta, ObjectKey, Problem, Read, Unreadable};
@@ -98,14 +99,15 @@ pub(crate) fn change((id, object): &Event) -> Change {
 
 fn delta<Api: DeserializeOwned, T>(id: &Id, object: Option<&Value>, slim: impl Fn(Api) -> T) -> Delta<T> {
     let Some(object) = object else { return Delta::Delete(id.key()) };
-    let read: Read<T> = serde_path_to_error::deserialize(object).map(slim).map_err(|error| Unreadable {
-        key: Some(id.key()),
-        problem: Problem {
-            object: format!("{} {}", id.0, id.1),
-            field: error.path().to_string(),
-            message: error.inner().to_string(),
-        },
-    });
+    let read: Read<T> =
+        serde_path_to_error::deserialize(object).map(slim).map(Arc::new).map_err(|error| Unreadable {
+            key: Some(id.key()),
+            problem: Problem {
+                object: format!("{} {}", id.0, id.1),
+                field: error.path().to_string(),
+                message: error.inner().to_string(),
+            },
+        });
     Delta::Apply(read)
 }
 

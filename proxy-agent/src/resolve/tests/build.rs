@@ -9,6 +9,7 @@
 //! | external and load balancer IPs | 203.0.113.0/24 | 2001:db8:113::/64 |
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 
@@ -157,8 +158,8 @@ pub(crate) fn resolve_one(service: &Service, slices: &[Slice]) -> Resolved {
 pub(crate) fn model_with(policy: Policy, services: Vec<Service>, slices: Vec<Slice>) -> Model {
     let mut model = Model::new("n1", policy, OwnAddresses::Reported);
     model.apply(Change::OwnAddresses(context().own_addresses.into_iter().collect()));
-    model.apply(Change::Node(Delta::List(vec![Ok(node())])));
-    model.apply(Change::Slice(Delta::List(slices.into_iter().map(Ok).collect())));
-    model.apply(Change::Service(Delta::List(services.into_iter().map(Ok).collect())));
+    model.apply(Change::Node(Delta::List(vec![Ok(node().into())])));
+    model.apply(Change::Slice(Delta::List(slices.into_iter().map(Arc::new).map(Ok).collect())));
+    model.apply(Change::Service(Delta::List(services.into_iter().map(Arc::new).map(Ok).collect())));
     model
 }

@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::fmt;
+use std::sync::Arc;
 
 use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
 use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
@@ -62,13 +63,13 @@ impl fmt::Display for Id {
     }
 }
 
-/// An object as read.
+/// An object as read; a clone is the same one.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum Object {
-    Service(Box<object::Service>, Option<Box<Selection>>),
-    Slice(Box<Slice>),
-    Node(Box<object::Node>),
-    Pod(Box<Pod>),
+    Service(Arc<object::Service>, Option<Arc<Selection>>),
+    Slice(Arc<Slice>),
+    Node(Arc<object::Node>),
+    Pod(Arc<Pod>),
     /// S3: there, but not for this proxy. Looks like a delete.
     Excluded,
 }
@@ -434,16 +435,16 @@ fn object(value: &Value, kind: Kind) -> Result<Object, serde_path_to_error::Erro
         serde_path_to_error::deserialize(value)
     }
     Ok(match kind {
-        Kind::Node => Object::Node(Box::new(object::node(&typed::<core::Node>(value)?))),
-        Kind::Pod => Object::Pod(Box::new(derive::pod(&typed::<core::Pod>(value)?))),
+        Kind::Node => Object::Node(Arc::new(object::node(&typed::<core::Node>(value)?))),
+        Kind::Pod => Object::Pod(Arc::new(derive::pod(&typed::<core::Pod>(value)?))),
         Kind::Service => {
             let service: core::Service = typed(value)?;
             if has_label(service.metadata.labels.as_ref(), OTHER_PROXY_LABEL) {
                 Object::Excluded
             } else {
                 let slim = object::service(&service);
-                let selection = derive::selection(&service, &slim).map(Box::new);
-                Object::Service(Box::new(slim), selection)
+                let selection = derive::selection(&service, &slim).map(Arc::new);
+                Object::Service(Arc::new(slim), selection)
             }
         }
         Kind::Slice => {
@@ -451,7 +452,7 @@ fn object(value: &Value, kind: Kind) -> Result<Object, serde_path_to_error::Erro
             if has_label(slice.metadata.labels.as_ref(), HEADLESS_LABEL) {
                 Object::Excluded
             } else {
-                Object::Slice(Box::new(object::slice(&slice)))
+                Object::Slice(Arc::new(object::slice(&slice)))
             }
         }
     })

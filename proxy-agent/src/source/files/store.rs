@@ -12,7 +12,7 @@ use crate::source::derive::Derive;
 /// One file, as last read.
 #[derive(Default)]
 struct File {
-    objects: BTreeMap<Id, Arc<Object>>,
+    objects: BTreeMap<Id, Object>,
     broken: Vec<Broken>,
 }
 
@@ -27,7 +27,7 @@ impl File {
 #[derive(PartialEq, Eq, Default)]
 struct Said {
     /// Its last good state, and the other places that claim it, too.
-    good: Option<(Arc<Object>, Vec<String>)>,
+    good: Option<(Object, Vec<String>)>,
     /// Why its present text cannot be read.
     broken: Option<Box<Broken>>,
 }
@@ -78,7 +78,7 @@ impl Store {
             if id.kind == Kind::Pod && old.broken.is_some() && old.broken != said.broken {
                 applied.push(Change::Mended(id.to_string()));
             }
-            self.feed_derive(&id, said.good.as_ref().map(|(object, _)| object.as_ref()));
+            self.feed_derive(&id, said.good.as_ref().map(|(object, _)| object));
             if said == Said::default() {
                 deleted.extend(deletion(id));
                 continue;
@@ -138,7 +138,7 @@ impl Store {
                 | None => {}
             }
         }
-        slices.extend(self.derive.slices().cloned().map(Ok));
+        slices.extend(self.derive.slices().cloned().map(Arc::new).map(Ok));
         vec![
             Change::Node(Delta::List(nodes)),
             Change::Service(Delta::List(services)),
@@ -170,12 +170,12 @@ impl Store {
                 warn!("{name}:{line}: {id}: there twice in this file; the first one counts");
                 continue;
             }
-            new.objects.insert(id, Arc::new(object));
+            new.objects.insert(id, object);
         }
         if !new.broken.is_empty() {
             // Nobody can tell what a broken text was meant to hold: a file with one takes nothing away.
             for (id, object) in &old.objects {
-                new.objects.entry(id.clone()).or_insert_with(|| Arc::clone(object));
+                new.objects.entry(id.clone()).or_insert_with(|| object.clone());
             }
         }
         for broken in new.broken.iter().filter(|broken| !old.broken.contains(broken)) {
@@ -203,8 +203,8 @@ impl Store {
             };
             match (file.objects.get(id), &mut said.good) {
                 // S3: as if it were not there.
-                (Some(object), _) if **object == Object::Excluded => {}
-                (Some(object), None) => said.good = Some((Arc::clone(object), Vec::new())),
+                (Some(object), _) if *object == Object::Excluded => {}
+                (Some(object), None) => said.good = Some((object.clone(), Vec::new())),
                 (Some(_), Some((_, others))) => others.push(name.to_string()),
                 (None, _) => {}
             }
@@ -230,27 +230,21 @@ impl Store {
     }
 }
 
-fn application(id: &Id, (object, others): &(Arc<Object>, Vec<String>)) -> Option<Change> {
+fn application(id: &Id, (object, others): &(Object, Vec<String>)) -> Option<Change> {
     let problem = (!others.is_empty()).then(|| Problem {
         object: id.to_string(),
         field: String::new(),
         message: format!("also in {}: ignored there, the first file by name counts", others.join(", ")),
     });
-    match object.as_ref() {
+    match object {
         Object::Service(service, _) => {
-            let mut service = Service::clone(service);
-            service.problems.extend(problem);
-            Some(Change::Service(Delta::Apply(Ok(service))))
+            Some(Change::Service(Delta::Apply(noted(service, problem, |service| &mut service.problems))))
         }
         Object::Slice(slice) => {
-            let mut slice = Slice::clone(slice);
-            slice.problems.extend(problem);
-            Some(Change::Slice(Delta::Apply(Ok(slice))))
+            Some(Change::Slice(Delta::Apply(noted(slice, problem, |slice| &mut slice.problems))))
         }
         Object::Node(node) => {
-            let mut node = Node::clone(node);
-            node.problems.extend(problem);
-            Some(Change::Node(Delta::Apply(Ok(node))))
+            Some(Change::Node(Delta::Apply(noted(node, problem, |node| &mut node.problems))))
         }
         Object::Pod(_) => {
             if let Some(problem) = problem {
@@ -260,6 +254,19 @@ fn application(id: &Id, (object, others): &(Arc<Object>, Vec<String>)) -> Option
         }
         Object::Excluded => None,
     }
+}
+
+/// The same object, unless there is something to say of it.
+fn noted<T: Clone>(
+    object: &Arc<T>,
+    problem: Option<Problem>,
+    problems: impl FnOnce(&mut T) -> &mut Vec<Problem>,
+) -> Read<T> {
+    let mut object = Arc::clone(object);
+    if let Some(problem) = problem {
+        problems(Arc::make_mut(&mut object)).push(problem);
+    }
+    Ok(object)
 }
 
 fn failure(kind: Kind, broken: &Broken) -> Option<Change> {

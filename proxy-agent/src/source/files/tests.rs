@@ -59,8 +59,10 @@ fn services(changes: &[Change]) -> Vec<Service> {
     changes
         .iter()
         .flat_map(|change| match change {
-            Change::Service(Delta::List(list)) => list.iter().flatten().cloned().collect(),
-            Change::Service(Delta::Apply(Ok(service))) => vec![service.clone()],
+            Change::Service(Delta::List(list)) => {
+                list.iter().flatten().map(|service| Service::clone(service)).collect()
+            }
+            Change::Service(Delta::Apply(Ok(service))) => vec![Service::clone(service)],
             Change::Service(_)
             | Change::Slice(_)
             | Change::Node(_)

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::fmt::Debug;
+use std::sync::Arc;
 
 use ::kube::Resource;
 use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
@@ -13,7 +14,7 @@ use serde_json::Value;
 use crate::object::{self, Node, ObjectKey, Problem, Read, Service, Slice, Unreadable};
 
 /// A slim type and what it is made of.
-pub(super) trait Slim: Clone + Debug + Send + 'static {
+pub(super) trait Slim: Clone + Debug + Send + Sync + 'static {
     /// The API's type.
     type Api: Resource<DynamicType = ()> + DeserializeOwned;
     /// Its name, for people.
@@ -87,17 +88,19 @@ impl<'de, T: Slim> Deserialize<'de> for Checked<T> {
             resource_version: text("/metadata/resourceVersion"),
             ..ObjectMeta::default()
         };
-        let read = serde_path_to_error::deserialize(value).map(|object| T::slim(&object)).map_err(|error| {
-            let key = object::key(&metadata);
-            Unreadable {
-                problem: Problem {
-                    object: format!("{} {key}", T::KIND),
-                    field: error.path().to_string(),
-                    message: format!("{}; the last good state stays in force", error.inner()),
-                },
-                key: Some(key).filter(|key| !key.name.is_empty()),
-            }
-        });
+        let read = serde_path_to_error::deserialize(value).map(|object| Arc::new(T::slim(&object))).map_err(
+            |error| {
+                let key = object::key(&metadata);
+                Unreadable {
+                    problem: Problem {
+                        object: format!("{} {key}", T::KIND),
+                        field: error.path().to_string(),
+                        message: format!("{}; the last good state stays in force", error.inner()),
+                    },
+                    key: Some(key).filter(|key| !key.name.is_empty()),
+                }
+            },
+        );
         Ok(Self { metadata, read })
     }
 }

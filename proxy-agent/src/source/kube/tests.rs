@@ -307,7 +307,7 @@ async fn p9_only_what_is_read_of_the_node_is_reported() {
     while let Some(change) = run.next().await {
         match change {
             Change::Node(Delta::List(list)) => zones.push(list[0].as_ref().unwrap().zone.clone().unwrap()),
-            Change::Node(Delta::Apply(node)) => zones.push(node.unwrap().zone.unwrap()),
+            Change::Node(Delta::Apply(node)) => zones.push(node.unwrap().zone.clone().unwrap()),
             Change::Node(Delta::Delete(key)) => zones.push(format!("-{key}")),
             other @ (Change::Service(_)
             | Change::Slice(_)

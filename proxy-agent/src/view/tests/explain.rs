@@ -90,7 +90,7 @@ fn p11_without_detection_pods_are_outside_clients() {
     let mut node = node();
     node.pod_cidrs.clear();
     let mut model = model_of(Service { external_local: true, ..full() }, vec![spread()]);
-    model.apply(crate::object::Change::Node(crate::object::Delta::Apply(Ok(node))));
+    model.apply(crate::object::Change::Node(crate::object::Delta::Apply(Ok(node.into()))));
     let answer = ask(&model, POD, LOAD_BALANCER);
     assert_eq!((answer.origin, answer.set), ("external", Some("local")));
     assert_eq!(ask(&model, NODE, LOAD_BALANCER).set, Some("cluster"));
