@@ -32,6 +32,9 @@ const RETRY_MIN: Duration = Duration::from_millis(100);
 /// As kube-proxy's sync period (Q3).
 const RETRY_MAX: Duration = Duration::from_secs(30);
 
+/// Threads that were told of a full sync are done with it by then.
+const TRIM_AFTER: Duration = Duration::from_secs(1);
+
 /// What the agent must know before it starts.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -70,6 +73,8 @@ pub struct Agent {
     retry: Option<(Instant, Duration)>,
     /// When leftovers are looked at next. A moment, not a wait: events that come more often must not put it off for ever.
     rest_at: Option<Instant>,
+    /// When memory that was needed to program everything goes back to the machine.
+    trim_at: Option<Instant>,
     told: Told,
     status: Status,
 }
@@ -124,6 +129,7 @@ impl Agent {
             failed: BTreeMap::new(),
             retry: None,
             rest_at: None,
+            trim_at: None,
             told: Told::default(),
         })
     }
@@ -184,7 +190,7 @@ impl Agent {
         }
         let retry = self.retry.map(|(at, _)| at);
         let packets = self.packets.as_ref().and_then(PacketPath::retry);
-        let next = retry.into_iter().chain(self.rest_at).chain(packets).min();
+        let next = retry.into_iter().chain(self.rest_at).chain(self.trim_at).chain(packets).min();
         next.map_or(Duration::MAX, |at| at.saturating_duration_since(now))
     }
 
@@ -193,6 +199,11 @@ impl Agent {
         if self.rest_at.is_some_and(|at| at <= Instant::now()) {
             self.rest_at = None;
             self.status.writes += self.reconciler.rest(&mut self.kernel, now_ms);
+        }
+        if self.trim_at.is_some_and(|at| at <= Instant::now()) {
+            self.trim_at = None;
+            // SAFETY: gives free pages of the allocator back; no reference leads to them.
+            unsafe { libc::malloc_trim(0) };
         }
         let packets = self.packets.as_ref().and_then(PacketPath::retry);
         if self.retry.map(|(at, _)| at).into_iter().chain(packets).any(|at| at <= Instant::now()) {
@@ -240,6 +251,9 @@ impl Agent {
         }
         self.closer.served(served);
         self.status.synced(report.writes, begun.elapsed(), self.reconciler.frontend_count());
+        if full {
+            self.trim_at = Some(Instant::now() + TRIM_AFTER);
+        }
         if !self.status.synced {
             self.first_sync(&report)?;
         }
