@@ -102,6 +102,10 @@ pub(crate) static REDIRECT_TO: PerCpuArray<u32> = PerCpuArray::with_max_entries(
 #[map]
 static RANDOM: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
+/// Which port of replaced sources is given away next where they are given in turn. Writer: the programs.
+#[map]
+pub(crate) static PORT_TURN: Array<u32> = Array::with_max_entries(1, 0);
+
 /// Writer: the agent. Addresses that are cluster IPs of proxied Services: what no Service has there is refused (Z6); at
 /// those for which there is no room, it is not. An entry takes its memory when it is made, but the buckets, as many as
 /// entries, are there from the start.

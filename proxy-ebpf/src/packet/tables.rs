@@ -21,7 +21,7 @@ use proxy_common::{
 use super::{route, skb::Skb};
 use crate::maps::{
     CLAIM, CLUSTER_IPS, DEVICES, EPOCH, FLOW, FLOW_FILTER, FLOWS, FRAGMENTS, LANES, Maps, PACKET_SETTINGS,
-    SEVERAL_VIPS, SNAT, SNAT_PORTS, SOURCE_RANGES, VIPS, YOUNG_FLOWS, YOUNG_SNAT, count, remember,
+    PORT_TURN, SEVERAL_VIPS, SNAT, SNAT_PORTS, SOURCE_RANGES, VIPS, YOUNG_FLOWS, YOUNG_SNAT, count, remember,
 };
 
 /// The maps, and the device whose hook this is.
@@ -311,7 +311,9 @@ impl PacketTables for Device {
     fn claim_snat(&self, key: &SnatKey, client: &FlowKey) -> bool {
         // A full LRU table throws an entry out before it looks whether the key is there already: each port that is tried
         // in vain would cost somebody else's.
-        if SNAT.get_ptr(key).is_some() || YOUNG_SNAT.get_ptr(key).is_some() {
+        if (key.is_inside() || self.may_be_snat(key.stored_port()))
+            && (SNAT.get_ptr(key).is_some() || YOUNG_SNAT.get_ptr(key).is_some())
+        {
             return false;
         }
         mark_snat(key);
@@ -325,6 +327,16 @@ impl PacketTables for Device {
         unsafe { *stored = (*key, *client) };
         let port = super::packet_claim(self.skb);
         if port == 0 { None } else { Some(Port::from_raw(port as u16)) }
+    }
+
+    #[inline(always)]
+    fn turn(&self) -> u32 {
+        let Some(turn) = PORT_TURN.get_ptr_mut(0) else { return 0 };
+        // SAFETY: in bounds. Two CPUs that read the same number try the same port, of which one has it then.
+        let now = unsafe { turn.read_volatile() }.wrapping_add(1);
+        // SAFETY: as above.
+        unsafe { turn.write_volatile(now) };
+        now
     }
 
     #[inline(always)]

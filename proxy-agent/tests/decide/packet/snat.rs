@@ -29,6 +29,20 @@ fn m7_ports_are_reserved_ones_and_differ() {
     });
 }
 
+/// Where anybody may have any of the ports they are given in turn: who was given one longest ago is the first to be gone.
+#[test]
+fn m7_ports_that_may_be_taken_are_given_in_turn() {
+    both(|v6| {
+        let mut node = Node::new(v6);
+        ports(&mut node, 8);
+        node.maps.vague = true;
+        let sources: Vec<u16> =
+            (1..=8).map(|n| node.source_at(&build(tcp(SYN), node.client(n), node.vip(1))).port()).collect();
+        let next = |port: u16| 10_000 + (port - 10_000 + 1) % 8;
+        assert!(sources.windows(2).all(|pair| next(pair[0]) == pair[1]), "{sources:?}");
+    });
+}
+
 /// One port serves any number of backends and protocols: the whole tuple counts.
 #[test]
 fn m7_a_port_for_each_backend_and_protocol() {

@@ -32,6 +32,7 @@ pub(crate) struct Maps {
     /// The filters know nothing: everything may be.
     pub(crate) vague: bool,
     pub(crate) several_vips: Cell<bool>,
+    pub(crate) turn: Cell<u32>,
     pub(crate) young: Flows,
     pub(crate) grown: Flows,
     pub(crate) young_snat: RefCell<BTreeMap<SnatKey, FlowKey>>,
@@ -61,6 +62,7 @@ impl Maps {
             route: Route::Device(DEVICE),
             vague: false,
             several_vips: Cell::new(false),
+            turn: Cell::new(0),
             young: Flows::default(),
             grown: Flows::default(),
             young_snat: RefCell::default(),
@@ -295,6 +297,11 @@ impl PacketTables for Maps {
 
     fn claim_port(&self, key: &SnatKey, client: &FlowKey) -> Option<Port> {
         packet::claim_port(self, &mut { *key }, client)
+    }
+
+    fn turn(&self) -> u32 {
+        self.turn.set(self.turn.get() + 1);
+        self.turn.get()
     }
 
     fn take_snat(&self, key: &SnatKey, client: &FlowKey) -> bool {

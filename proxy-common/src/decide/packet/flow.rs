@@ -3,9 +3,14 @@
 use super::{FlowEntry, PacketTables};
 use crate::abi::{Flow, FlowKey, Outcome, Port, Protocol, SnatKey};
 
-/// Ports that are tried before a connection is given up. In a flood of one backend's clients four of five ports are taken:
-/// one in a thousand finds none then.
+/// Ports that are tried before a connection is given up. Where four of five are taken by who goes on, one connection in a
+/// thousand finds none.
 const TRIES: u32 = 32;
+
+/// The first of them is taken at random if it is certain that nobody has it. In these, ports are given in turn: after a flood
+/// of one backend's clients most are taken by who does not exist, and the one that was given away longest ago is the first
+/// that is free again. The others are random.
+const IN_TURN: core::ops::Range<u32> = 1..3;
 
 /// A second's worth of nanoseconds: how exact a flow's last use is kept.
 const SECOND_NS: u64 = 1_000_000_000;
@@ -143,12 +148,19 @@ pub(super) fn make_way<T: PacketTables>(tables: &T, key: &FlowKey, entry: &T::En
 /// any port, and then that one: on a kernel before 6.9 there is no room for a copy on the stack.
 #[inline(always)]
 pub fn claim_port(tables: &impl PacketTables, key: &mut SnatKey, client: &FlowKey) -> Option<Port> {
-    let settings = tables.settings()?;
-    for _ in 0..TRIES {
-        let offset = (tables.random() as u64 * settings.snat_count as u64) >> 32;
+    for n in 0..TRIES {
+        // Asked anew: there is no room on the stack either.
+        let settings = tables.settings()?;
+        let count = settings.snat_count as u32;
+        let offset = if IN_TURN.contains(&n) {
+            tables.turn().checked_rem(count).unwrap_or(0) as u64
+        } else {
+            (tables.random() as u64 * count as u64) >> 32
+        };
         key.snat_port = Port::new(settings.snat_first.wrapping_add(low(offset)));
-        // A client may have the port as its own.
-        if key.is_inside() && tables.may_be_flow(&key.snat, key.snat_port) {
+        // A client may have the port inside the node as its own. And to find out whether a port is taken takes longer than to
+        // take the next one.
+        if (key.is_inside() || n < IN_TURN.start) && may_be_taken(tables, key) {
             continue;
         }
         if tables.claim_snat(key, client) || is_left(tables, key, client) && tables.take_snat(key, client) {
@@ -156,6 +168,16 @@ pub fn claim_port(tables: &impl PacketTables, key: &mut SnatKey, client: &FlowKe
         }
     }
     None
+}
+
+/// Whether anybody may have it; `false` is certain.
+#[inline(always)]
+fn may_be_taken(tables: &impl PacketTables, key: &SnatKey) -> bool {
+    if key.is_inside() {
+        tables.may_be_flow(&key.snat, key.snat_port)
+    } else {
+        tables.may_be_snat(key.stored_port())
+    }
 }
 
 /// Whether whoever has it is done with it.
@@ -173,11 +195,8 @@ fn is_left(tables: &impl PacketTables, key: &SnatKey, client: &FlowKey) -> bool 
     let Some(entry) = tables.flow(&owner) else { return true };
     let flow = entry.flow();
     // An earlier connection of its client may have had it; one without a source yet may be about to.
-    let has_other = if key.is_inside() {
-        flow.inner_port != key.snat_port
-    } else {
-        flow.snat_port != Port::new(0) && (flow.snat != key.snat || flow.snat_port != key.snat_port)
-    };
+    let has_other =
+        flow.snat_port != Port::new(0) && (flow.snat != key.snat || flow.snat_port != key.snat_port);
     flow.is_over() || has_other
 }
 

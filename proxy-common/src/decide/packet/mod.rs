@@ -148,6 +148,8 @@ pub trait PacketTables: Tables {
     fn claim_snat(&self, key: &SnatKey, client: &FlowKey) -> bool;
     /// [`claim_port`]. The kernel has it in one place: it is a long way for the verifier.
     fn claim_port(&self, key: &SnatKey, client: &FlowKey) -> Option<Port>;
+    /// Goes up by one with each question, on whatever CPU.
+    fn turn(&self) -> u32;
     /// Takes it from whoever has it.
     fn take_snat(&self, key: &SnatKey, client: &FlowKey) -> bool;
     /// `FRAGMENTS`.
