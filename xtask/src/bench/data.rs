@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use sheave_tests::{
     client::Client,
     kubernetes::kube_proxy::Mode,
-    measure::{Check, Slice, Spinners, What, cpu_ns, packets::EmptyHooks},
+    measure::{Check, Slice, Spinners, What, cpu_ns, packets::EmptyHooks, packets::TwoReads},
 };
 
 use super::{
@@ -25,6 +25,8 @@ pub(crate) const DIRECT: &str = "direct";
 pub(crate) const SHEAVE: &str = "sheave";
 /// Programs that do nothing at the hooks, or in our place.
 pub(crate) const EMPTY: &str = "empty programs";
+/// Programs that read a line of two tables each.
+const TWO_READS: &str = "two reads";
 pub(crate) const NFTABLES: &str = "kube-proxy nftables";
 pub(crate) const IPTABLES: &str = "kube-proxy iptables";
 
@@ -45,6 +47,9 @@ pub(crate) struct Worlds {
     /// Without any proxy, but with programs that do nothing where ours are.
     pub(crate) hooked: World,
     pub(crate) _hooks: EmptyHooks,
+    /// Without any proxy, but with programs that read as little as one can.
+    pub(crate) reading: World,
+    pub(crate) _reads: TwoReads,
     /// With our agent, which has synced.
     pub(crate) sheave: World,
     /// With kube-proxy, which has synced.
@@ -127,7 +132,7 @@ pub(crate) fn measure(
     effort: &Effort,
     report: &mut Report,
 ) -> Result<()> {
-    let Worlds { direct, again, hooked, sheave, .. } = worlds;
+    let Worlds { direct, again, hooked, reading, sheave, .. } = worlds;
     // One process measures every arm, so that the places of its memory are no difference between arms.
     let client = sheave.client();
     for family in [Family::V4, Family::V6] {
@@ -154,6 +159,9 @@ pub(crate) fn measure(
             }
             // What hooks cost by themselves: no proxy that has them can be cheaper.
             arms.push(arm(EMPTY, hooked, Side::Inside, backends, led));
+            if !metric.has_packets() {
+                arms.push(arm(TWO_READS, reading, Side::Inside, backends, led));
+            }
             arms.push(arm(AGAIN, again, Side::Outside, backends, led));
             let name = format!("{} {}", metric.name, family.name());
             report.add(worlds.still(|| one(client, metric, name, effort, &arms))?);
@@ -203,6 +211,7 @@ pub(crate) fn one(
         goal(SHEAVE, DIRECT, metric.target),
         goal("bystander", DIRECT, metric.bystander),
         goal(EMPTY, DIRECT, None),
+        goal(TWO_READS, DIRECT, None),
         goal(SHEAVE, NFTABLES, None),
         goal(SHEAVE, IPTABLES, metric.peer),
     ]);

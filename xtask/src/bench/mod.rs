@@ -36,7 +36,7 @@ use clap::Args;
 use nix::sys::signal::{SigSet, Signal};
 use sheave_tests::{
     kubernetes::{kube_proxy::Mode, programs},
-    measure::packets::EmptyHooks,
+    measure::packets::TwoReads,
 };
 
 use self::{
@@ -322,14 +322,11 @@ fn worlds(scale: Scale, alone: bool, new_world: fn(Scale) -> Result<World>) -> R
     let synced = sheave.start_agent()?;
     println!("── {services} Services, Sheave: synced after {}", seconds(synced));
     let hooked = new_world(scale)?;
-    let hooks = EmptyHooks::new(
-        &hooked.cgroup(Side::Inside)?,
-        hooked.node()?.host().netns(),
-        // Where the agent has its own.
-        &["eth0", "veth1", "veth2", "veth3"],
-    )?;
+    let hooks = hooked.empty_hooks()?;
+    let reading = new_world(scale)?;
+    let reads = TwoReads::new(&reading.cgroup(Side::Inside)?, services)?;
     let (direct, again) = (new_world(scale)?, new_world(scale)?);
-    Ok(Worlds { direct, again, _hooks: hooks, hooked, sheave, peers, hub })
+    Ok(Worlds { direct, again, _hooks: hooks, hooked, _reads: reads, reading, sheave, peers, hub })
 }
 
 /// Ends the work when somebody pressed Ctrl-C; what is dropped on the way up removes itself.

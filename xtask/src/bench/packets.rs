@@ -5,13 +5,13 @@ use std::{net::Ipv4Addr, thread, time::Duration, time::Instant};
 use anyhow::{Context, Result, ensure};
 use sheave_tests::{
     kubernetes::kube_proxy::Mode,
-    measure::packets::{Arrivals, Counter, Flows, Generator, KNOWN, Redirect, Target, mac_of},
+    measure::packets::{Arrivals, Counter, EmptyHooks, Flows, Generator, KNOWN, Redirect, Target, mac_of},
     nodes::nft,
 };
 
 use super::{
     Effort,
-    data::{IPTABLES, NFTABLES, SHEAVE},
+    data::{EMPTY, IPTABLES, NFTABLES, SHEAVE},
     go_on,
     peers::{Hub, Peer},
     report::{Fact, Report},
@@ -64,6 +64,7 @@ enum To {
 struct Node {
     generator: Generator,
     _redirect: Option<Redirect>,
+    _empty: Option<EmptyHooks>,
     proxy: Proxy,
 }
 
@@ -75,7 +76,7 @@ enum Proxy {
 }
 
 impl Node {
-    fn new(proxy: Proxy, guarded: bool, redirects: bool) -> Result<Self> {
+    fn new(proxy: Proxy, guarded: bool) -> Result<Self> {
         let (Proxy::Nobody(world) | Proxy::Sheave(world) | Proxy::Kube(Peer { world, .. })) = &proxy;
         let host = world.node()?.host().netns();
         let pod = world.lab().pod(1)?;
@@ -85,8 +86,17 @@ impl Node {
         if guarded {
             nft(host, GUARD)?;
         }
-        let redirect = redirects.then(|| Redirect::new(host, UPLINK, BACKEND_LINK)).transpose()?;
-        Ok(Self { generator: Generator::new(host, UPLINK)?, _redirect: redirect, proxy })
+        Ok(Self { generator: Generator::new(host, UPLINK)?, _redirect: None, _empty: None, proxy })
+    }
+
+    fn with_redirect(self) -> Result<Self> {
+        let redirect = Redirect::new(self.world().node()?.host().netns(), UPLINK, BACKEND_LINK)?;
+        Ok(Self { _redirect: Some(redirect), ..self })
+    }
+
+    fn with_empty_programs(self) -> Result<Self> {
+        let empty = self.world().empty_hooks()?;
+        Ok(Self { _empty: Some(empty), ..self })
     }
 
     fn world(&self) -> &World {
@@ -103,7 +113,7 @@ pub(crate) const FAST: &str = "fast path";
 const FAST_TRACKED: &str = "fast path, tracked";
 
 /// Ways of a packet: the node, and what leads it. The first is what the others are compared with.
-const ARMS: [(&str, usize, To); 11] = [
+const ARMS: [(&str, usize, To); 12] = [
     (FORWARD, 0, To::Backend),
     (FORWARD_TRACKED, 1, To::Backend),
     ("bare redirect", 2, To::Backend),
@@ -112,8 +122,9 @@ const ARMS: [(&str, usize, To); 11] = [
     (FAST, 7, To::Service),
     (FAST_TRACKED, 8, To::Service),
     ("bystander", 6, To::Backend),
-    (NFTABLES, 9, To::Service),
-    (IPTABLES, 10, To::Service),
+    (EMPTY, 9, To::Backend),
+    (NFTABLES, 10, To::Service),
+    (IPTABLES, 11, To::Service),
     (AGAIN, 5, To::Backend),
 ];
 
@@ -147,6 +158,8 @@ pub(crate) fn measure(services: u32, alone: bool, effort: &Effort, report: &mut 
                 goal(SHEAVE_TRACKED, FORWARD_TRACKED, forward),
                 goal(FAST, FORWARD, fast),
                 goal(FAST_TRACKED, FORWARD, fast),
+                goal(EMPTY, FORWARD, None),
+                goal("bystander", FORWARD, None),
                 goal(FAST, NFTABLES, fast_peer),
                 goal(FAST, IPTABLES, fast_peer),
                 goal(SHEAVE, NFTABLES, peer),
@@ -161,26 +174,27 @@ pub(crate) fn measure(services: u32, alone: bool, effort: &Effort, report: &mut 
 }
 
 fn nodes(scale: Scale, hub: Option<&Hub>) -> Result<Vec<Node>> {
-    let plain = |guarded, redirects| Node::new(Proxy::Nobody(World::new(scale)?), guarded, redirects);
+    let plain = |guarded| Node::new(Proxy::Nobody(World::new(scale)?), guarded);
     let with = |guarded, arguments: &[&str]| {
         go_on()?;
         let mut world = World::new(scale)?;
         world.write_manifests()?;
         world.start_agent_with(arguments)?;
-        Node::new(Proxy::Sheave(world), guarded, false)
+        Node::new(Proxy::Sheave(world), guarded)
     };
     let ours = |guarded| with(guarded, &[]);
     let mut nodes = vec![
-        plain(false, false)?,
-        plain(true, false)?,
-        plain(false, true)?,
+        plain(false)?,
+        plain(true)?,
+        plain(false)?.with_redirect()?,
         ours(false)?,
         ours(true)?,
-        plain(false, false)?,
+        plain(false)?,
         // For whoever uses no Service. Where the same senders do as well, their ports are known and looked up.
         ours(false)?,
         with(false, &["--fast-path"])?,
         with(true, &["--fast-path"])?,
+        plain(false)?.with_empty_programs()?,
     ];
     for (hub, number, mode) in
         hub.into_iter().flat_map(|hub| [(hub, 1, Mode::Nftables), (hub, 2, Mode::Iptables)])
@@ -189,7 +203,7 @@ fn nodes(scale: Scale, hub: Option<&Hub>) -> Result<Vec<Node>> {
         let started = Instant::now();
         let mut peer = Peer::start(hub, World::new(scale)?, number, mode)?;
         peer.await_synced(started)?;
-        nodes.push(Node::new(Proxy::Kube(peer), false, false)?);
+        nodes.push(Node::new(Proxy::Kube(peer), false)?);
     }
     Ok(nodes)
 }

@@ -292,12 +292,12 @@ impl Report {
 /// Why things of the list above are as they are.
 const WHY: &str = "\
 The ways through sockets pay twice: once at `connect` or `sendto`, and on every packet at the node's devices. Of the second part
-nearly all is the kernel's price of a hook, whatever is in it: `empty programs` pay it too, and p11 has what ours add to one
-that does nothing. `bystander`, who uses no Service, pays that part, and for being asked at `connect`. Over many Services each
-connect reads cache lines that have rested, two by Service and one without: presumably what it costs more there. Packets of new
-flows pay for an entry in a table of flows, with a replaced source for a second one. With connection tracking on the same
-packets pay for that as well; kube-proxy has it always. Tables of flows have all of their
-memory from the start.
+nearly all is the kernel's price of a hook, whatever is in it: `empty programs` pay it too, and p11 has what ours add to one that
+does nothing. `bystander`, who uses no Service, pays that part, and for being asked at `connect`. Over many Services each connect
+reads cache lines that have rested, two by Service and one without: what `two reads` pay more there than `empty programs`, of
+whose readings nobody waits for the last, while the kernel needs an endpoint's address to go on. Packets of new flows pay for an
+entry in a table of flows, with a replaced source for a second one. With connection tracking on the same packets pay for that as
+well; kube-proxy has it always. Tables of flows have all of their memory from the start.
 ";
 
 const METHOD: &str = "\
@@ -311,7 +311,9 @@ const METHOD: &str = "\
   older kind.
 - `again` is the first arm once more in another world: where its interval leaves 0.98..1.02 (p8, p11: 0.99..1.01) the metric is
   void. `bystander` dials endpoints from inside the agent's cgroup. `empty programs` is a world without a proxy where programs
-  that do nothing are at a cgroup's `connect` and at both hooks of each device: nobody who has such hooks can be cheaper.
+  that do nothing are at a cgroup's `connect` and at both hooks of each device: nobody who has such hooks can be cheaper. `two
+  reads` is one whose programs at `connect` read a line of a table with one for each Service, at random, and one of another such
+  table that the first one tells: nobody who looks up a Service and one of its endpoints can do with less.
 - Connects and CRR: client on CPU 1, server on CPU 0, a SCHED_IDLE spinner on each; RR, stream and datagrams: both on CPU 0.
 - p6 is what passes between SYN and SYN-ACK by the kernel's clock at the client's device, without `connect` itself. p10 dials
   from outside the cluster: by NodePort, and for `direct` by a route to the endpoints through the node; servers say which

@@ -15,6 +15,7 @@ use sheave_tests::{
     client::Client,
     lab::{Lab, Node, Place, Shape},
     manifests::lab_node,
+    measure::packets::EmptyHooks,
 };
 
 use super::{
@@ -184,6 +185,12 @@ impl World {
     /// Stops the agent's process, or lets it go on.
     pub(crate) fn freeze_agent(&self, frozen: bool) -> Result<()> {
         self.agent()?.signal(if frozen { Signal::SIGSTOP } else { Signal::SIGCONT })
+    }
+
+    /// Programs that do nothing, where an agent has its own.
+    pub(crate) fn empty_hooks(&self) -> Result<EmptyHooks> {
+        let devices = ["eth0", "veth1", "veth2", "veth3"];
+        EmptyHooks::new(&self.cgroup(Side::Inside)?, self.node()?.host().netns(), &devices)
     }
 
     /// Where a client is that is there.

@@ -27,8 +27,13 @@ pub(super) const AT_TCX_EGRESS: u32 = 47;
 
 /// An array of one value, two counters.
 pub(super) fn counters() -> Result<OwnedFd> {
+    table(16)
+}
+
+/// An array of one value of so many bytes.
+pub(super) fn table(bytes: u32) -> Result<OwnedFd> {
     const ARRAY: u32 = 2;
-    map(ARRAY, 4, 16, 1)
+    map(ARRAY, 4, bytes, 1)
 }
 
 /// A hash table with this key and nothing else.

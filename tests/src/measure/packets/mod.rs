@@ -19,10 +19,10 @@ use nix::{libc, net::if_::if_nametoindex};
 use serde_json::Value;
 
 use self::{
-    assembler::{Condition, Operation, Program, R1, R2, R3, R4, R5, R6, Width},
+    assembler::{Condition, Operation, Program, R0, R1, R2, R3, R4, R5, R6, Width},
     kernel::{
         AT_CONNECT, AT_TCX_EGRESS, AT_TCX_INGRESS, AT_XDP, Run, SCHED_CLS, SOCK_ADDR, XDP, attach, counters,
-        load, load_for, read_counters, test_run,
+        load, load_for, read_counters, table, test_run,
     },
 };
 use super::cpu::pin;
@@ -40,6 +40,8 @@ pub const NEXT: u32 = u32::MAX;
 /// For "drop it": `TCX_DROP`.
 pub const DROP: u32 = 2;
 
+/// `bpf_get_prandom_u32`.
+const PRANDOM_U32: i32 = 7;
 /// `bpf_redirect`.
 const REDIRECT: i32 = 23;
 
@@ -217,6 +219,37 @@ impl EmptyHooks {
             }
         }
         Ok(Self { _links: links })
+    }
+}
+
+/// Programs at a cgroup's `connect` that read a line of a table at random and one of another table that the first one tells:
+/// the least that a proxy can do which finds a Service and an endpoint of it.
+#[derive(Debug)]
+pub struct TwoReads {
+    _links: Vec<OwnedFd>,
+}
+
+impl TwoReads {
+    /// Of tables with a line for each of so many Services, or a few more.
+    pub fn new(cgroup: &std::path::Path, services: u32) -> Result<Self> {
+        const LINE_BYTES: u32 = 64;
+        let lines = services.next_power_of_two();
+        let tables = [table(lines * LINE_BYTES)?, table(lines * LINE_BYTES)?];
+        let (mask, line_bytes) = ((lines - 1).cast_signed(), LINE_BYTES.cast_signed());
+        let mut code = Program::default();
+        code.call(PRANDOM_U32).by(Operation::Move, R6, R0);
+        for table in &tables {
+            code.with(Operation::And, R0, mask).with(Operation::Multiply, R0, line_bytes);
+            code.value_of(R1, table.as_raw_fd()).by(Operation::Add, R1, R0).load(Width::Double, R0, R1, 0);
+            // Nothing but zeros is there, which only this program's author knows.
+            code.by(Operation::Add, R0, R6).with(Operation::ShiftRight, R0, 16);
+        }
+        let code = code.with(Operation::And, R0, 0).with(Operation::Add, R0, 1).exit();
+        let directory = File::open(cgroup).with_context(|| format!("opening {}", cgroup.display()))?;
+        let links = AT_CONNECT.map(|at| -> Result<_> {
+            attach(&load_for(SOCK_ADDR, at, &code)?, directory.as_raw_fd().cast_unsigned(), at)
+        });
+        Ok(Self { _links: links.into_iter().collect::<Result<_>>()? })
     }
 }
 
