@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use sheave_tests::{
     client::Client,
     kubernetes::kube_proxy::Mode,
-    measure::{Check, Slice, Spinners, What, cpu_ns, packets::EmptyHooks, packets::TwoReads},
+    measure::{Check, Slice, Spinners, What, cpu_ns, packets::BareHooks},
 };
 
 use super::{
@@ -46,10 +46,10 @@ pub(crate) struct Worlds {
     pub(crate) again: World,
     /// Without any proxy, but with programs that do nothing where ours are.
     pub(crate) hooked: World,
-    pub(crate) _hooks: EmptyHooks,
+    pub(crate) _hooks: BareHooks,
     /// Without any proxy, but with programs that read as little as one can.
     pub(crate) reading: World,
-    pub(crate) _reads: TwoReads,
+    pub(crate) _reads: BareHooks,
     /// With our agent, which has synced.
     pub(crate) sheave: World,
     /// With kube-proxy, which has synced.
@@ -120,6 +120,10 @@ const METRICS: [Metric; 8] = [
 ];
 
 impl Metric {
+    fn connects(&self) -> bool {
+        matches!(self.what, What::UdpConnect | What::UdpSocket | What::TcpConnect | What::TcpCrr)
+    }
+
     fn has_packets(&self) -> bool {
         !matches!(self.what, What::UdpConnect | What::UdpSocket)
     }
@@ -159,7 +163,7 @@ pub(crate) fn measure(
             }
             // What hooks cost by themselves: no proxy that has them can be cheaper.
             arms.push(arm(EMPTY, hooked, Side::Inside, backends, led));
-            if !metric.has_packets() {
+            if metric.connects() {
                 arms.push(arm(TWO_READS, reading, Side::Inside, backends, led));
             }
             arms.push(arm(AGAIN, again, Side::Outside, backends, led));

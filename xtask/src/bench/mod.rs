@@ -34,17 +34,14 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use nix::sys::signal::{SigSet, Signal};
-use sheave_tests::{
-    kubernetes::{kube_proxy::Mode, programs},
-    measure::packets::TwoReads,
-};
+use sheave_tests::kubernetes::{kube_proxy::Mode, programs};
 
 use self::{
     data::Worlds,
     peers::{Hub, Peer},
     report::Report,
     scale::Scale,
-    world::{Side, World},
+    world::World,
 };
 use crate::{
     build::Binaries,
@@ -324,7 +321,7 @@ fn worlds(scale: Scale, alone: bool, new_world: fn(Scale) -> Result<World>) -> R
     let hooked = new_world(scale)?;
     let hooks = hooked.empty_hooks()?;
     let reading = new_world(scale)?;
-    let reads = TwoReads::new(&reading.cgroup(Side::Inside)?, services)?;
+    let reads = reading.reading_hooks()?;
     let (direct, again) = (new_world(scale)?, new_world(scale)?);
     Ok(Worlds { direct, again, _hooks: hooks, hooked, _reads: reads, reading, sheave, peers, hub })
 }

@@ -5,7 +5,7 @@ use std::{net::Ipv4Addr, thread, time::Duration, time::Instant};
 use anyhow::{Context, Result, ensure};
 use sheave_tests::{
     kubernetes::kube_proxy::Mode,
-    measure::packets::{Arrivals, Counter, EmptyHooks, Flows, Generator, KNOWN, Redirect, Target, mac_of},
+    measure::packets::{Arrivals, BareHooks, Counter, Flows, Generator, KNOWN, Redirect, Target, mac_of},
     nodes::nft,
 };
 
@@ -64,7 +64,7 @@ enum To {
 struct Node {
     generator: Generator,
     _redirect: Option<Redirect>,
-    _empty: Option<EmptyHooks>,
+    _empty: Option<BareHooks>,
     proxy: Proxy,
 }
 

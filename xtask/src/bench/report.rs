@@ -312,7 +312,7 @@ const METHOD: &str = "\
 - `again` is the first arm once more in another world: where its interval leaves 0.98..1.02 (p8, p11: 0.99..1.01) the metric is
   void. `bystander` dials endpoints from inside the agent's cgroup. `empty programs` is a world without a proxy where programs
   that do nothing are at a cgroup's `connect` and at both hooks of each device: nobody who has such hooks can be cheaper. `two
-  reads` is one whose programs at `connect` read a line of a table with one for each Service, at random, and one of another such
+  reads` is the same, but at `connect` a line of a table with one for each Service is read, at random, and one of another such
   table that the first one tells: nobody who looks up a Service and one of its endpoints can do with less.
 - Connects and CRR: client on CPU 1, server on CPU 0, a SCHED_IDLE spinner on each; RR, stream and datagrams: both on CPU 0.
 - p6 is what passes between SYN and SYN-ACK by the kernel's clock at the client's device, without `connect` itself. p10 dials

@@ -15,7 +15,7 @@ use sheave_tests::{
     client::Client,
     lab::{Lab, Node, Place, Shape},
     manifests::lab_node,
-    measure::packets::EmptyHooks,
+    measure::packets::BareHooks,
 };
 
 use super::{
@@ -26,6 +26,9 @@ use super::{
 /// Where the client under measurement runs, and where the servers do.
 pub(crate) const CLIENT_CPU: usize = 1;
 pub(crate) const SERVER_CPU: usize = 0;
+
+/// The node's devices, to the clients and backends and outside.
+const DEVICES: [&str; 4] = ["eth0", "veth1", "veth2", "veth3"];
 
 /// What the largest size may take on a busy machine.
 const SYNCED_WITHIN: Duration = Duration::from_secs(600);
@@ -188,9 +191,14 @@ impl World {
     }
 
     /// Programs that do nothing, where an agent has its own.
-    pub(crate) fn empty_hooks(&self) -> Result<EmptyHooks> {
-        let devices = ["eth0", "veth1", "veth2", "veth3"];
-        EmptyHooks::new(&self.cgroup(Side::Inside)?, self.node()?.host().netns(), &devices)
+    pub(crate) fn empty_hooks(&self) -> Result<BareHooks> {
+        BareHooks::empty(&self.cgroup(Side::Inside)?, self.node()?.host().netns(), &DEVICES)
+    }
+
+    /// Programs that read as little as one can, where an agent has its own.
+    pub(crate) fn reading_hooks(&self) -> Result<BareHooks> {
+        let services = self.scale.services;
+        BareHooks::reading(services, &self.cgroup(Side::Inside)?, self.node()?.host().netns(), &DEVICES)
     }
 
     /// Where a client is that is there.

@@ -195,43 +195,22 @@ impl Redirect {
     }
 }
 
-/// Programs that do nothing where a proxy's are: at both hooks of devices, and at a cgroup's `connect`. What hooks cost by
-/// themselves.
+/// Programs where a proxy's are, at both hooks of devices and at a cgroup's `connect`, that do next to nothing: what nobody
+/// who has such hooks can be cheaper than.
 #[derive(Debug)]
-pub struct EmptyHooks {
+pub struct BareHooks {
     _links: Vec<OwnedFd>,
 }
 
-impl EmptyHooks {
-    /// At a cgroup, and at devices of a namespace.
-    pub fn new(cgroup: &std::path::Path, netns: &Netns, devices: &[&str]) -> Result<Self> {
-        let mut links = Vec::new();
-        let directory = File::open(cgroup).with_context(|| format!("opening {}", cgroup.display()))?;
-        for at in AT_CONNECT {
-            let allows = load_for(SOCK_ADDR, at, &Program::default().last(1))?;
-            links.push(attach(&allows, directory.as_raw_fd().cast_unsigned(), at)?);
-        }
-        let empty = load(SCHED_CLS, &Program::default().last(NEXT.cast_signed()))?;
-        for device in devices {
-            let index = index_of(netns, device)?;
-            for at in [AT_TCX_INGRESS, AT_TCX_EGRESS] {
-                links.push(netns.run(|| attach(&empty, index, at))??);
-            }
-        }
-        Ok(Self { _links: links })
+impl BareHooks {
+    /// Of programs that do nothing, at a cgroup, and at devices of a namespace.
+    pub fn empty(cgroup: &std::path::Path, netns: &Netns, devices: &[&str]) -> Result<Self> {
+        Self::new(&Program::default().last(1), cgroup, netns, devices)
     }
-}
 
-/// Programs at a cgroup's `connect` that read a line of a table at random and one of another table that the first one tells:
-/// the least that a proxy can do which finds a Service and an endpoint of it.
-#[derive(Debug)]
-pub struct TwoReads {
-    _links: Vec<OwnedFd>,
-}
-
-impl TwoReads {
-    /// Of tables with a line for each of so many Services, or a few more.
-    pub fn new(cgroup: &std::path::Path, services: u32) -> Result<Self> {
+    /// The same, but at `connect` a line of a table is read at random, and one of another table that the first one tells: the
+    /// least that one can do who finds a Service and an endpoint of it. A line for each of so many Services, or a few more.
+    pub fn reading(services: u32, cgroup: &std::path::Path, netns: &Netns, devices: &[&str]) -> Result<Self> {
         const LINE_BYTES: u32 = 64;
         let lines = services.next_power_of_two();
         let tables = [table(lines * LINE_BYTES)?, table(lines * LINE_BYTES)?];
@@ -244,12 +223,25 @@ impl TwoReads {
             // Nothing but zeros is there, which only this program's author knows.
             code.by(Operation::Add, R0, R6).with(Operation::ShiftRight, R0, 16);
         }
-        let code = code.with(Operation::And, R0, 0).with(Operation::Add, R0, 1).exit();
+        code.with(Operation::And, R0, 0).with(Operation::Add, R0, 1);
+        Self::new(&code.exit(), cgroup, netns, devices)
+    }
+
+    fn new(at_connect: &[u64], cgroup: &std::path::Path, netns: &Netns, devices: &[&str]) -> Result<Self> {
+        let mut links = Vec::new();
         let directory = File::open(cgroup).with_context(|| format!("opening {}", cgroup.display()))?;
-        let links = AT_CONNECT.map(|at| -> Result<_> {
-            attach(&load_for(SOCK_ADDR, at, &code)?, directory.as_raw_fd().cast_unsigned(), at)
-        });
-        Ok(Self { _links: links.into_iter().collect::<Result<_>>()? })
+        for at in AT_CONNECT {
+            let program = load_for(SOCK_ADDR, at, at_connect)?;
+            links.push(attach(&program, directory.as_raw_fd().cast_unsigned(), at)?);
+        }
+        let empty = load(SCHED_CLS, &Program::default().last(NEXT.cast_signed()))?;
+        for device in devices {
+            let index = index_of(netns, device)?;
+            for at in [AT_TCX_INGRESS, AT_TCX_EGRESS] {
+                links.push(netns.run(|| attach(&empty, index, at))??);
+            }
+        }
+        Ok(Self { _links: links })
     }
 }
 
