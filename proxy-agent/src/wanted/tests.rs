@@ -56,9 +56,13 @@ fn nothing_is_wanted_before_the_first_update() {
 #[test]
 fn p11_a_change_of_local_detection_names_every_service() {
     let mut model = model_with(Policy::default(), vec![service("a")], Vec::new());
-    model.take_dirty();
+    let mut wanted = Wanted::default();
+    let dirty = model.take_dirty();
+    wanted.update(&model, &dirty);
     model.apply(Change::Node(Delta::Apply(Ok(Node { pod_cidrs: Vec::new(), ..node() }.into()))));
-    assert_eq!(model.take_dirty().len(), 1);
+    let dirty = model.take_dirty();
+    assert!(wanted.update(&model, &dirty).keys().eq(&dirty));
+    assert_eq!(dirty.len(), 1);
 }
 
 /// What a dataplane would hold for one Service.

@@ -292,12 +292,12 @@ impl Report {
 /// Why things of the list above are as they are.
 const WHY: &str = "\
 The ways through sockets pay twice: once at `connect` or `sendto`, and on every packet at the node's devices. Of the second part
-nearly all is the kernel's price of a hook, whatever is in it: `empty programs` pay it too, and p11 has what ours add to one that
-does nothing. `bystander`, who uses no Service, pays that part, and for being asked at `connect`. Over many Services each connect
-reads cache lines that have rested, two by Service and one without: what `two reads` pay more there than `empty programs`, of
-whose readings nobody waits for the last, while the kernel needs an endpoint's address to go on. Packets of new flows pay for an
-entry in a table of flows, with a replaced source for a second one. With connection tracking on the same packets pay for that as
-well; kube-proxy has it always. Tables of flows have all of their memory from the start.
+the larger part is the kernel's price of a hook, whatever is in it: `empty programs` pay it too, and p11 has what ours add to one
+that does nothing. `bystander`, who uses no Service, pays that part, and for being asked at `connect`. Over many Services each
+connect reads cache lines that have rested, two by Service and one without: what `two reads` pay more there than `empty
+programs`, of whose readings nobody waits for the last, while the kernel needs an endpoint's address to go on. Packets of new
+flows pay for an entry in a table of flows, with a replaced source for a second one. With connection tracking on the same packets
+pay for that as well; kube-proxy has it always. Tables of flows have all of their memory from the start.
 ";
 
 const METHOD: &str = "\
