@@ -66,3 +66,35 @@ impl Members {
         self.0.binary_search_by_key(at, Entry::at)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    #[test]
+    fn a_member_is_found_by_its_address_in_whatever_order_it_came() {
+        let at = |n: u32| -> SocketAddr {
+            let port = 80 + u16::from(n.is_multiple_of(3));
+            let [.., a, b] = n.to_be_bytes();
+            if n.is_multiple_of(2) {
+                ([10, 244, a, b], port).into()
+            } else {
+                ([0xfd00, 0, 0, 0, 0, 0, u16::from(a), u16::from(b)], port).into()
+            }
+        };
+        let (mut members, mut expected) = (Members::with_capacity(3), BTreeMap::new());
+        assert!(members.is_empty());
+        // 7,919 is prime: every number below 1,000 comes once, and then again with another state.
+        for n in 0..2_000 {
+            let address = at(n * 7_919 % 1_000);
+            let state = BackendState { cluster: n < 1_000, serving: true, ..BackendState::default() };
+            let member = Member { id: BackendId::new(n, 1), state };
+            assert_eq!(members.get(&address), expected.insert(address, member));
+            members.insert(address, member);
+            assert_eq!(members.get(&address), Some(member));
+        }
+        assert!(members.iter().eq(expected), "in the order of addresses, each once");
+        assert_eq!(members.get(&at(1_000)), None);
+    }
+}
