@@ -47,9 +47,6 @@ pub(crate) struct Worlds {
     /// Without any proxy, but with programs that do nothing where ours are.
     pub(crate) hooked: World,
     pub(crate) _hooks: BareHooks,
-    /// Without any proxy, but with programs that read as little as one can.
-    pub(crate) reading: World,
-    pub(crate) _reads: BareHooks,
     /// With our agent, which has synced.
     pub(crate) sheave: World,
     /// With kube-proxy, which has synced.
@@ -136,7 +133,11 @@ pub(crate) fn measure(
     effort: &Effort,
     report: &mut Report,
 ) -> Result<()> {
-    let Worlds { direct, again, hooked, reading, sheave, .. } = worlds;
+    let Worlds { direct, again, hooked, sheave, .. } = worlds;
+    let wanted = || METRICS.iter().filter(|metric| options.wants(metric.id));
+    // Without any proxy, but with programs that read as little as one can.
+    let reading = wanted().any(Metric::connects).then(|| World::new(sheave.scale)).transpose()?;
+    let _reads = reading.as_ref().map(World::reading_hooks).transpose()?;
     // One process measures every arm, so that the places of its memory are no difference between arms.
     let client = sheave.client();
     for family in [Family::V4, Family::V6] {
@@ -147,7 +148,7 @@ pub(crate) fn measure(
         let backends = client.targets(backends)?;
         let arm = |name, world, side, targets, check| Arm { name, world, side, targets, check };
         let led = Check::Socket(World::source(family, Group::A));
-        for metric in METRICS.iter().filter(|metric| options.wants(metric.id)) {
+        for metric in wanted() {
             let mut arms = vec![
                 arm(DIRECT, direct, Side::Outside, backends, led),
                 arm(SHEAVE, sheave, Side::Inside, vips, led),
@@ -163,7 +164,7 @@ pub(crate) fn measure(
             }
             // What hooks cost by themselves: no proxy that has them can be cheaper.
             arms.push(arm(EMPTY, hooked, Side::Inside, backends, led));
-            if metric.connects() {
+            if let Some(reading) = reading.as_ref().filter(|_| metric.connects()) {
                 arms.push(arm(TWO_READS, reading, Side::Inside, backends, led));
             }
             arms.push(arm(AGAIN, again, Side::Outside, backends, led));

@@ -320,10 +320,8 @@ fn worlds(scale: Scale, alone: bool, new_world: fn(Scale) -> Result<World>) -> R
     println!("── {services} Services, Sheave: synced after {}", seconds(synced));
     let hooked = new_world(scale)?;
     let hooks = hooked.empty_hooks()?;
-    let reading = new_world(scale)?;
-    let reads = reading.reading_hooks()?;
     let (direct, again) = (new_world(scale)?, new_world(scale)?);
-    Ok(Worlds { direct, again, _hooks: hooks, hooked, _reads: reads, reading, sheave, peers, hub })
+    Ok(Worlds { direct, again, _hooks: hooks, hooked, sheave, peers, hub })
 }
 
 /// Ends the work when somebody pressed Ctrl-C; what is dropped on the way up removes itself.
