@@ -309,13 +309,6 @@ impl PacketTables for Device {
 
     #[inline(always)]
     fn claim_snat(&self, key: &SnatKey, client: &FlowKey) -> bool {
-        // A full LRU table throws an entry out before it looks whether the key is there already: each port that is tried
-        // in vain would cost somebody else's.
-        if (key.is_inside() || self.may_be_snat(key.stored_port()))
-            && (SNAT.get_ptr(key).is_some() || YOUNG_SNAT.get_ptr(key).is_some())
-        {
-            return false;
-        }
         mark_snat(key);
         remember(&YOUNG_SNAT, key, client, BPF_NOEXIST)
     }

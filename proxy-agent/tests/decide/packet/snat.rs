@@ -156,6 +156,23 @@ fn t2_sctp_keeps_its_port_or_is_dropped() {
     });
 }
 
+/// T2: once the flow of its owner is forgotten, an association's port is the next one's, its owner's too.
+#[test]
+fn t2_an_sctp_port_that_nobody_uses_is_taken_over() {
+    both(|v6| {
+        for same in [false, true] {
+            let node = Node::of(v6, &Carries::Sctp);
+            let client = node.client(5);
+            let source = node.source_at(&build(Carries::Sctp, client, node.vip(1)));
+            assert!(node.maps.young.remove(&FlowKey::new(client.ip().into(), Port::new(5), 132)));
+            let next = if same { client } else { SocketAddr::new(node.router().ip(), 5) };
+            assert_eq!(node.source_at(&build(Carries::Sctp, next, node.vip(1))), source);
+            let answer = build(Carries::Sctp, node.backend(1), source);
+            node.translates(&answer, (node.backend(1), next), (node.vip(1), next));
+        }
+    });
+}
+
 /// A reply that is for no replaced source of ours is left alone: the node's own connections are.
 #[test]
 fn bystanders_of_a_source() {

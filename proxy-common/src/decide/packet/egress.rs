@@ -1,4 +1,4 @@
-use super::flow::{find, find_inside, grow_up, is_a_while_ago, make_way, touch};
+use super::flow::{claim_this, find, find_inside, grow_up, is_a_while_ago, make_way, touch};
 use super::headers::{FIN, RST, SYN, with_ports};
 use super::nat::{Side, rewrite, rewrite_port};
 use super::own_node::own_node_reply;
@@ -199,7 +199,7 @@ pub(super) fn claim_source(
     let key = SnatKey::new((snat, headers.source.1), backend, headers.protocol);
     // T2: an SCTP port cannot be changed.
     if headers.protocol == Protocol::Sctp.number() {
-        return if tables.claim_snat(&key, client) { Some((snat, key.snat_port)) } else { None };
+        return if claim_this(tables, &key, client) { Some((snat, key.snat_port)) } else { None };
     }
     let port = tables.claim_port(&key, client)?;
     Some((snat, port))

@@ -158,16 +158,30 @@ pub fn claim_port(tables: &impl PacketTables, key: &mut SnatKey, client: &FlowKe
             (tables.random() as u64 * count as u64) >> 32
         };
         key.snat_port = Port::new(settings.snat_first.wrapping_add(low(offset)));
+        let may_be_taken = may_be_taken(tables, key);
         // A client may have the port inside the node as its own. And to find out whether a port is taken takes longer than to
         // take the next one.
-        if (key.is_inside() || n < IN_TURN.start) && may_be_taken(tables, key) {
-            continue;
-        }
-        if tables.claim_snat(key, client) || is_left(tables, key, client) && tables.take_snat(key, client) {
+        let skips = may_be_taken && (key.is_inside() || n < IN_TURN.start);
+        if !skips && claim(tables, key, client, may_be_taken) {
             return Some(key.snat_port);
         }
     }
     None
+}
+
+/// The same for a replaced source that cannot be another one.
+#[inline(always)]
+pub(super) fn claim_this(tables: &impl PacketTables, key: &SnatKey, client: &FlowKey) -> bool {
+    claim(tables, key, client, may_be_taken(tables, key))
+}
+
+#[inline(always)]
+fn claim(tables: &impl PacketTables, key: &SnatKey, client: &FlowKey, may_be_taken: bool) -> bool {
+    // A full LRU table throws somebody out even for a key that it has already: it is asked first.
+    match if may_be_taken { tables.snat(key) } else { None } {
+        None => tables.claim_snat(key, client),
+        Some(owner) => is_left(tables, key, client, &owner) && tables.take_snat(key, client),
+    }
 }
 
 /// Whether anybody may have it; `false` is certain.
@@ -180,19 +194,18 @@ fn may_be_taken(tables: &impl PacketTables, key: &SnatKey) -> bool {
     }
 }
 
-/// Whether whoever has it is done with it.
+/// Whether its owner is done with it.
 #[inline(always)]
-fn is_left(tables: &impl PacketTables, key: &SnatKey, client: &FlowKey) -> bool {
-    let Some(owner) = tables.snat(key) else { return false };
+fn is_left(tables: &impl PacketTables, key: &SnatKey, client: &FlowKey, owner: &FlowKey) -> bool {
     // Of an earlier connection from this very port.
-    if owner == *client {
+    if *owner == *client {
         return true;
     }
     // Netfilter gave it away.
     if owner.is_nobody() {
         return false;
     }
-    let Some(entry) = tables.flow(&owner) else { return true };
+    let Some(entry) = tables.flow(owner) else { return true };
     let flow = entry.flow();
     // An earlier connection of its client may have had it; one without a source yet may be about to.
     let has_other =

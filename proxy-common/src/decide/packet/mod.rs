@@ -144,7 +144,8 @@ pub trait PacketTables: Tables {
     fn may_be_snat(&self, port: Port) -> bool;
     /// `SNAT`, else `YOUNG_SNAT`.
     fn snat(&self, key: &SnatKey) -> Option<FlowKey>;
-    /// Takes a replaced source, or a port inside the node, for a client, if nobody has it.
+    /// Takes a replaced source, or a port inside the node, that nobody had a moment ago, for a client; `false` if somebody
+    /// else was faster.
     fn claim_snat(&self, key: &SnatKey, client: &FlowKey) -> bool;
     /// [`claim_port`]. The kernel has it in one place: it is a long way for the verifier.
     fn claim_port(&self, key: &SnatKey, client: &FlowKey) -> Option<Port>;
