@@ -163,6 +163,12 @@ impl Packet for Skb<'_> {
     }
 
     #[inline(always)]
+    fn load_words<const N: usize>(&self, at: u32) -> Option<[u32; N]> {
+        // SAFETY: as above.
+        Some(unsafe { *self.at(at)? })
+    }
+
+    #[inline(always)]
     fn store8(&mut self, at: u32, value: u8) -> Option<()> {
         // SAFETY: inside the frame.
         unsafe { *self.at(at)? = value };

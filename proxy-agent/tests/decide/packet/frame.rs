@@ -91,6 +91,12 @@ impl Packet for Frame {
         self.get(at).map(u32::from_ne_bytes)
     }
 
+    fn load_words<const N: usize>(&self, at: u32) -> Option<[u32; N]> {
+        let end = at + 4 * u32::try_from(N).unwrap();
+        let words: Option<Vec<u32>> = (at..end).step_by(4).map(|at| self.load32(at)).collect();
+        words?.try_into().ok()
+    }
+
     fn store8(&mut self, at: u32, value: u8) -> Option<()> {
         self.put(at, [value])
     }

@@ -3,14 +3,14 @@
 //! Most packets of a node are not, and pay for being asked. So this reads what every packet has where nearly every packet
 //! has it, asks the filters, and looks up nothing. Whatever is unusual is said to be ours: the whole way finds out.
 
-use super::headers::ICMP;
+use super::headers::{ICMP, V4, V6, ports};
 use super::ingress::is_unassigned;
 use super::{L2_BYTES, Packet, PacketTables};
-use crate::abi::{Address, Port, Protocol};
+use crate::abi::{Port, Protocol};
 use crate::decide::Peer;
 
-/// An IPv4 header without options starts so.
-const PLAIN_V4: u8 = 0x45;
+/// Of a protocol that has none.
+const NO_PORTS: (Port, Port) = (Port::new(0), Port::new(0));
 /// "More fragments", and the fragment's offset.
 const FRAGMENT: u16 = 0x3fff;
 
@@ -47,37 +47,29 @@ pub(super) fn ends(packet: &impl Packet, l3: u32, v6: bool) -> Option<(Peer, Pee
 
 #[inline(always)]
 fn ends_v4(packet: &impl Packet, l3: u32) -> Option<(Peer, Peer, u8)> {
-    if packet.load8(l3)? != PLAIN_V4 || u16::from_be(packet.load16(l3 + 6)?) & FRAGMENT != 0 {
+    let [a, b, c, d, e, transport] = packet.load_words(l3)?;
+    let fixed = V4([a, b, c, d, e]);
+    if fixed.version() != 4 || fixed.header_bytes() != 20 || fixed.fragment() & FRAGMENT != 0 {
         return None;
     }
-    let protocol = packet.load8(l3 + 9)?;
+    let protocol = fixed.protocol();
     if protocol == ICMP {
         return None;
     }
-    let (source, destination) = (packet.load32(l3 + 12)?, packet.load32(l3 + 16)?);
-    let ports = if Protocol::from_number(protocol).is_some() { packet.load32(l3 + 20)? } else { 0 };
-    let (from, to) = peers(Address::from_v4_word(source), Address::from_v4_word(destination), ports);
-    Some((from, to, protocol))
+    let (from, to) = if Protocol::from_number(protocol).is_some() { ports(transport) } else { NO_PORTS };
+    Some(((fixed.source(), from), (fixed.destination(), to), protocol))
 }
 
 /// Only with ports: most other protocols are extension headers.
 #[inline(always)]
 fn ends_v6(packet: &impl Packet, l3: u32) -> Option<(Peer, Peer, u8)> {
-    if packet.load8(l3)? >> 4 != 6 {
+    let [a, b, c, d, e, f, g, h, i, j, transport] = packet.load_words(l3)?;
+    let fixed = V6([a, b, c, d, e, f, g, h, i, j]);
+    if fixed.version() != 6 {
         return None;
     }
-    let protocol = packet.load8(l3 + 6)?;
+    let protocol = fixed.protocol();
     Protocol::from_number(protocol)?;
-    let source = super::headers::v6_address(packet, l3 + 8)?;
-    let destination = super::headers::v6_address(packet, l3 + 24)?;
-    let (from, to) = peers(source, destination, packet.load32(l3 + 40)?);
-    Some((from, to, protocol))
-}
-
-/// `ports`: both, as they lie in memory.
-#[inline(always)]
-const fn peers(source: Address, destination: Address, ports: u32) -> (Peer, Peer) {
-    let [a, b, c, d] = ports.to_ne_bytes();
-    let (from, to) = (u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d]));
-    ((source, Port::from_raw(from)), (destination, Port::from_raw(to)))
+    let (from, to) = ports(transport);
+    Some(((fixed.source(), from), (fixed.destination(), to), protocol))
 }

@@ -94,6 +94,85 @@ impl Headers {
     }
 }
 
+/// The fixed part of an IPv4 header, in words as they lie in memory: one question whether all of it is there.
+pub(super) struct V4(pub(super) [u32; 5]);
+
+impl V4 {
+    #[inline(always)]
+    pub(super) const fn version(&self) -> u8 {
+        self.0[0].to_ne_bytes()[0] >> 4
+    }
+
+    /// Options included.
+    #[inline(always)]
+    pub(super) const fn header_bytes(&self) -> u32 {
+        (self.0[0].to_ne_bytes()[0] as u32 & 15) * 4
+    }
+
+    #[inline(always)]
+    const fn id(&self) -> u16 {
+        let [a, b, ..] = self.0[1].to_ne_bytes();
+        u16::from_ne_bytes([a, b])
+    }
+
+    /// Flags and offset.
+    #[inline(always)]
+    pub(super) const fn fragment(&self) -> u16 {
+        let [.., a, b] = self.0[1].to_ne_bytes();
+        u16::from_be_bytes([a, b])
+    }
+
+    #[inline(always)]
+    pub(super) const fn protocol(&self) -> u8 {
+        self.0[2].to_ne_bytes()[1]
+    }
+
+    #[inline(always)]
+    pub(super) const fn source(&self) -> Address {
+        Address::from_v4_word(self.0[3])
+    }
+
+    #[inline(always)]
+    pub(super) const fn destination(&self) -> Address {
+        Address::from_v4_word(self.0[4])
+    }
+}
+
+/// As [`V4`].
+pub(super) struct V6(pub(super) [u32; 10]);
+
+impl V6 {
+    #[inline(always)]
+    pub(super) const fn version(&self) -> u8 {
+        self.0[0].to_ne_bytes()[0] >> 4
+    }
+
+    /// Of what comes next: a transport protocol, or an extension.
+    #[inline(always)]
+    pub(super) const fn protocol(&self) -> u8 {
+        self.0[1].to_ne_bytes()[2]
+    }
+
+    #[inline(always)]
+    pub(super) const fn source(&self) -> Address {
+        let [_, _, a, b, c, d, ..] = self.0;
+        Address::from_words([a, b, c, d])
+    }
+
+    #[inline(always)]
+    pub(super) const fn destination(&self) -> Address {
+        let [.., a, b, c, d] = self.0;
+        Address::from_words([a, b, c, d])
+    }
+}
+
+/// Source and destination port: the first word of every [`Protocol`]'s header.
+#[inline(always)]
+pub(super) const fn ports(word: u32) -> (Port, Port) {
+    let [a, b, c, d] = word.to_ne_bytes();
+    (Port::from_raw(u16::from_ne_bytes([a, b])), Port::from_raw(u16::from_ne_bytes([c, d])))
+}
+
 /// IPv6 extension headers that may stand before the transport header.
 const MAX_EXTENSIONS: u32 = 6;
 /// No header starts later than this: a bound for the verifier, and for who sends nonsense.
@@ -106,8 +185,7 @@ pub fn parse(packet: &impl Packet, l3: u32, v6: bool) -> Option<Headers> {
     if headers.later_fragment || headers.transport().is_none() {
         return Some(headers);
     }
-    headers.source.1 = Port::from_raw(packet.load16(headers.l4)?);
-    headers.destination.1 = Port::from_raw(packet.load16(headers.l4 + 2)?);
+    (headers.source.1, headers.destination.1) = ports(packet.load32(headers.l4)?);
     if headers.protocol == Protocol::Tcp.number() {
         // A quoted packet may be cut off before them.
         headers.tcp_flags = packet.load8(headers.l4 + 13).unwrap_or(0);
@@ -117,41 +195,41 @@ pub fn parse(packet: &impl Packet, l3: u32, v6: bool) -> Option<Headers> {
 
 #[inline(always)]
 fn parse_v4(packet: &impl Packet, l3: u32) -> Option<Headers> {
-    let first = packet.load8(l3)?;
-    let bytes = (first as u32 & 15) * 4;
-    if first >> 4 != 4 || bytes < 20 {
+    let fixed = V4(packet.load_words(l3)?);
+    let bytes = fixed.header_bytes();
+    if fixed.version() != 4 || bytes < 20 {
         return None;
     }
-    let fragment = u16::from_be(packet.load16(l3 + 6)?);
-    let (offset, more) = (fragment & 0x1fff, fragment & 0x2000 != 0);
+    let (offset, more) = (fixed.fragment() & 0x1fff, fixed.fragment() & 0x2000 != 0);
     Some(Headers {
         l4: l3 + bytes,
         v6: false,
-        protocol: packet.load8(l3 + 9)?,
+        protocol: fixed.protocol(),
         tcp_flags: 0,
         later_fragment: offset != 0,
         first_fragment: offset == 0 && more,
-        id: packet.load16(l3 + 4)? as u32,
-        source: (Address::from_v4_word(packet.load32(l3 + 12)?), Port::new(0)),
-        destination: (Address::from_v4_word(packet.load32(l3 + 16)?), Port::new(0)),
+        id: fixed.id() as u32,
+        source: (fixed.source(), Port::new(0)),
+        destination: (fixed.destination(), Port::new(0)),
     })
 }
 
 #[inline(always)]
 fn parse_v6(packet: &impl Packet, l3: u32) -> Option<Headers> {
-    if packet.load8(l3)? >> 4 != 6 {
+    let fixed = V6(packet.load_words(l3)?);
+    if fixed.version() != 6 {
         return None;
     }
     let mut headers = Headers {
         l4: l3 + 40,
         v6: true,
-        protocol: packet.load8(l3 + 6)?,
+        protocol: fixed.protocol(),
         tcp_flags: 0,
         later_fragment: false,
         first_fragment: false,
         id: 0,
-        source: (v6_address(packet, l3 + 8)?, Port::new(0)),
-        destination: (v6_address(packet, l3 + 24)?, Port::new(0)),
+        source: (fixed.source(), Port::new(0)),
+        destination: (fixed.destination(), Port::new(0)),
     };
     // Once more, to see what comes after the last.
     for _ in 0..=MAX_EXTENSIONS {
@@ -180,16 +258,6 @@ fn parse_v6(packet: &impl Packet, l3: u32) -> Option<Headers> {
         }
     }
     None
-}
-
-#[inline(always)]
-pub(super) fn v6_address(packet: &impl Packet, at: u32) -> Option<Address> {
-    Some(Address::from_words([
-        packet.load32(at)?,
-        packet.load32(at + 4)?,
-        packet.load32(at + 8)?,
-        packet.load32(at + 12)?,
-    ]))
 }
 
 /// Gives a fragment the ports of its packet, and remembers those of a first one. `None`: the first one was not seen.

@@ -53,6 +53,8 @@ pub trait Packet {
     fn load16(&self, at: u32) -> Option<u16>;
     /// Four bytes.
     fn load32(&self, at: u32) -> Option<u32>;
+    /// `N` times four bytes, or none of them.
+    fn load_words<const N: usize>(&self, at: u32) -> Option<[u32; N]>;
     /// One byte.
     fn store8(&mut self, at: u32, value: u8) -> Option<()>;
     /// Two bytes.
