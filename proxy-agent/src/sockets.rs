@@ -15,7 +15,7 @@ use std::thread;
 use std::time::Duration;
 
 use nix::sched::{CloneFlags, setns};
-use proxy_common::abi::SocketPlace;
+use proxy_common::abi::{Address, Port, SocketPlace};
 
 use crate::kernel::Pins;
 use crate::kernel::programs::socket_places;
@@ -170,8 +170,8 @@ fn close(stale: &mut Stale) -> io::Result<usize> {
 /// may be one of TCP, which is not looked for, or have another peer by now.
 fn stale(served: &Served, place: &SocketPlace) -> Option<(u64, SocketAddr)> {
     let origin = place.origin_of(place.cookie)?;
-    let vip = SocketAddr::new(origin.vip.ip(), origin.vip_port.number());
-    let backend = SocketAddr::new(origin.backend.ip(), origin.backend_port.number());
+    let at = |(address, port): (Address, Port)| SocketAddr::new(address.ip(), port.number());
+    let (vip, backend) = (at(origin.vip()), at(origin.backend()));
     let serving = served.get(&vip)?;
     (place.cookie != 0 && !serving.contains(&backend)).then_some((place.cookie, backend))
 }
@@ -217,7 +217,7 @@ impl Id {
 mod tests {
     use super::*;
     use crate::netlink::in_own_namespace;
-    use proxy_common::abi::{BackendId, Port, SocketOrigin};
+    use proxy_common::abi::{BackendId, SocketOrigin};
     use std::net::UdpSocket;
     use std::sync::Arc;
 

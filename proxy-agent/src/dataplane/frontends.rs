@@ -229,11 +229,13 @@ mod tests {
     fn search(lines: &Mapping<FrontendLine>, key: &FrontendKey) -> Frontend {
         let header = lines.header();
         // SAFETY: the mapping lives longer.
-        let mut place = unsafe { FrontendLine::at_home(key, &header, |place| lines.line(place)) };
-        if place == FrontendLine::FARTHER {
-            // SAFETY: as above.
-            place = unsafe { FrontendLine::find(key, &header, |place| lines.line(place)) };
+        let (found, farther) =
+            unsafe { FrontendLine::at_home(key, &header, |place| lines.line(place), record) };
+        if !farther {
+            return found;
         }
+        // SAFETY: as above.
+        let place = unsafe { FrontendLine::find(key, &header, |place| lines.line(place)) };
         if place == 0 {
             return Frontend::NONE;
         }

@@ -126,22 +126,27 @@ impl Frontend {
 }
 
 impl FrontendKey {
+    /// The key as the numbers that lie in memory, on a little-endian machine: address, and port with protocol.
+    #[inline(always)]
+    const fn numbers(&self) -> ([u64; 2], u32) {
+        (self.address().halves(), self.port().raw() as u32 | (self.protocol() as u32) << 16)
+    }
+
     /// Where its home is, for [`Header::place`]: the constants and the mixing are those of splitmix64.
     #[inline(always)]
     pub const fn hash(&self, seed: u64) -> u32 {
-        let [upper, lower] = self.address().halves();
-        let port = self.port().raw() as u64 | (self.protocol() as u64) << 16;
+        let ([upper, lower], port) = self.numbers();
         let mut hash = seed ^ upper;
         hash = (hash ^ hash >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9) ^ lower;
-        hash = (hash ^ hash >> 27).wrapping_mul(0x94d0_49bb_1331_11eb) ^ port;
+        hash = (hash ^ hash >> 27).wrapping_mul(0x94d0_49bb_1331_11eb) ^ port as u64;
         hash = (hash ^ hash >> 31).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         (hash >> 32) as u32
     }
 }
 
 impl FrontendLine {
-    /// Looks for a key's line at its home, where nearly all lie: the line's place; 0 if there is no such line;
-    /// [`Self::FARTHER`] if [`Self::find`] must look. `line` gives the line at a place, which the agent may be writing.
+    /// Looks for a key at its home, where nearly all lie: what is there of it, and whether [`Self::find`] must look.
+    /// `line` gives the line at a place, which the agent may be writing; `record` is as for [`Self::read`].
     ///
     /// # Safety
     /// What `line` gives stays readable during the call.
@@ -150,17 +155,13 @@ impl FrontendLine {
         key: &FrontendKey,
         header: &Header,
         line: impl Fn(u32) -> Option<*const Self>,
-    ) -> u32 {
-        let place = header.place(key.hash(header.seed), 0);
-        let Some(at) = line(place) else { return 0 };
-        if load!(at, value) != 0 && load!(at, key) == *key {
-            return place;
-        }
-        if load!(at, reach) == 0 { 0 } else { Self::FARTHER }
+        record: impl Fn(ServiceId) -> ServiceRecord,
+    ) -> (Frontend, bool) {
+        let Some(at) = line(header.place(key.hash(header.seed), 0)) else { return (Frontend::NONE, false) };
+        // SAFETY: readable by contract.
+        let found = unsafe { Self::read(at, key, record) };
+        (found, found.is_none() && load!(at, reach) != 0)
     }
-
-    /// No place.
-    pub const FARTHER: u32 = u32::MAX;
 
     /// Looks for a key's line; 0 if there is none. `line` gives the line at a place, which the agent may be writing.
     ///
@@ -173,7 +174,8 @@ impl FrontendLine {
         for step in 0..REACH {
             let place = header.place(hash, step);
             let Some(at) = line(place) else { break };
-            if load!(at, value) != 0 && load!(at, key) == *key {
+            // SAFETY: readable by contract.
+            if load!(at, value) != 0 && unsafe { Self::is_of(at, key) } {
                 return place;
             }
             if step == 0 {
@@ -186,10 +188,28 @@ impl FrontendLine {
         0
     }
 
-    /// Reads a line in which a key was found. `record` gives the service record of an id.
+    /// Whether the line is this key's, with as few loads as there can be.
+    ///
+    /// # Safety
+    /// `at` points to a line that stays readable during the call.
+    #[inline(always)]
+    unsafe fn is_of(at: *const Self, key: &FrontendKey) -> bool {
+        const { assert!(core::mem::offset_of!(Self, key) % 8 == 0 && cfg!(target_endian = "little")) };
+        // SAFETY: inside the line.
+        let first = unsafe { &raw const (*at).key }.cast::<u64>();
+        // SAFETY: readable by contract, as is what follows.
+        let upper = unsafe { first.read_volatile() };
+        // SAFETY: as above.
+        let lower = unsafe { first.wrapping_add(1).read_volatile() };
+        // SAFETY: as above.
+        let rest = unsafe { first.wrapping_add(2).cast::<u32>().read_volatile() };
+        ([upper, lower], rest) == key.numbers()
+    }
+
+    /// Reads a line, if it is this key's. `record` gives the service record of an id.
     ///
     /// What a line holds while it changes hands is told by reading its value before and after the rest, each with one
-    /// load. For the order of loads, see [`super::Backend::read`].
+    /// load: it is 0 while the key changes. For the order of loads, see [`super::Backend::read`].
     ///
     /// # Safety
     /// `at` points to a line that stays readable during the call.
@@ -199,18 +219,22 @@ impl FrontendLine {
         key: &FrontendKey,
         record: impl Fn(ServiceId) -> ServiceRecord,
     ) -> Frontend {
-        let (bits, of) = (load!(at, value), load!(at, copies_of));
-        let (cluster, local, affinity) = (load!(at, cluster), load!(at, local), load!(at, affinity));
-        let (bits_after, found) = (load!(at, value), load!(at, key));
-        let value = FrontendValue::from_bits(bits_after);
-        if found != *key {
-            // It has gone, and the line is another's.
-            Frontend::NONE
-        } else if bits_after == bits && of == value.service() {
-            Frontend { value, cluster, local, affinity }
-        } else {
-            // Re-pointed just now, or never: the copies come after.
-            Frontend::new(value, &record(value.service()))
+        let bits = load!(at, value);
+        // SAFETY: readable by contract.
+        if !unsafe { Self::is_of(at, key) } {
+            return Frontend::NONE;
         }
+        let (of, cluster, local) = (load!(at, copies_of), load!(at, cluster), load!(at, local));
+        let (affinity, bits_after) = (load!(at, affinity), load!(at, value));
+        let value = FrontendValue::from_bits(bits_after);
+        if bits_after == bits && of == value.service() && bits != 0 {
+            return Frontend { value, cluster, local, affinity };
+        }
+        // Re-pointed just now, or never: the copies come after. Or it has gone, and the line is another's.
+        // SAFETY: readable by contract.
+        if bits_after == 0 || !unsafe { Self::is_of(at, key) } {
+            return Frontend::NONE;
+        }
+        Frontend::new(value, &record(value.service()))
     }
 }

@@ -15,34 +15,47 @@ pub const SOCKET_PLACES: u32 = 1 << 15;
 pub struct SocketOrigin {
     /// The backend, for whoever must find sockets of backends that are gone (B5).
     pub backend_id: BackendId,
-    /// The VIP that was dialled.
-    pub vip: Address,
-    /// The backend's address: the answer below holds only while the peer still is this.
-    pub backend: Address,
-    /// The VIP's port.
-    pub vip_port: Port,
-    /// The backend's port.
-    pub backend_port: Port,
+    // Halves, not words: what a program puts together in words and copies in larger pieces, the processor holds up until all
+    // of it is written.
+    vip: [u64; 2],
+    backend: [u64; 2],
+    vip_port: Port,
+    backend_port: Port,
     zero: u32,
 }
 
-layout!(SocketOrigin, size = 48, fields = BackendId, Address, Address, Port, Port, u32);
+layout!(SocketOrigin, size = 48, fields = BackendId, [u64; 2], [u64; 2], Port, Port, u32);
 
 impl SocketOrigin {
     /// Remembers that `vip` was dialled and `backend` is the peer.
     #[inline(always)]
     pub const fn new(vip: (Address, Port), backend_id: BackendId, backend: (Address, Port)) -> Self {
-        Self { backend_id, vip: vip.0, backend: backend.0, vip_port: vip.1, backend_port: backend.1, zero: 0 }
+        Self {
+            backend_id,
+            vip: vip.0.halves(),
+            backend: backend.0.halves(),
+            vip_port: vip.1,
+            backend_port: backend.1,
+            zero: 0,
+        }
+    }
+
+    /// The VIP that was dialled.
+    #[inline(always)]
+    pub const fn vip(&self) -> (Address, Port) {
+        (Address::from_halves(self.vip), self.vip_port)
+    }
+
+    /// Where the connection went: [`Self::vip_of`] holds only while the peer still is this.
+    #[inline(always)]
+    pub const fn backend(&self) -> (Address, Port) {
+        (Address::from_halves(self.backend), self.backend_port)
     }
 
     /// The VIP, if `peer` is the backend that this socket was sent to.
     #[inline(always)]
     pub fn vip_of(&self, peer: (Address, Port)) -> Option<(Address, Port)> {
-        if self.backend == peer.0 && self.backend_port == peer.1 {
-            Some((self.vip, self.vip_port))
-        } else {
-            None
-        }
+        if self.backend == peer.0.halves() && self.backend_port == peer.1 { Some(self.vip()) } else { None }
     }
 }
 
@@ -87,7 +100,7 @@ impl SocketPlace {
 
     #[inline(always)]
     const fn seal_of(cookie: u64, origin: &SocketOrigin) -> u32 {
-        let [upper, lower] = origin.vip.halves();
+        let [upper, lower] = origin.vip;
         let ports = origin.vip_port.raw() as u32 | (origin.backend_port.raw() as u32) << 16;
         super::seal(ports, upper ^ lower ^ cookie, origin.backend_id.bits())
     }

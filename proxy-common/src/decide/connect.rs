@@ -44,7 +44,9 @@ const TRIES: u32 = 3;
 pub fn connect(tables: &impl Tables, client: &impl Fn() -> Client, to: Peer, protocol: Protocol) -> Connect {
     let key = FrontendKey::new(to.0, to.1, protocol.number());
     let frontend = tables.frontend(&key);
-    if frontend.value.has_source_ranges() {
+    if frontend.is_none() {
+        Connect::Untouched
+    } else if frontend.value.has_source_ranges() {
         Connect::SourceRanges
     } else {
         serve(tables, client, &key, frontend)
