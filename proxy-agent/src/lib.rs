@@ -18,6 +18,7 @@ pub mod model;
 pub mod netlink;
 pub mod object;
 pub mod packet;
+pub mod parallel;
 pub mod reconcile;
 pub mod resolve;
 pub mod served;

@@ -1,6 +1,7 @@
 //! What was said about which object, so that the log says everything once.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Display;
 
 use crate::object::{Change, Delta, ObjectKey, Problem, Read};
 
@@ -45,12 +46,10 @@ impl Told {
     pub fn change(&mut self, change: &Change) -> Vec<News> {
         match change {
             Change::Service(delta) => {
-                self.delta("Service", delta, |service| (service.key.to_string(), &service.problems))
+                self.delta("Service", delta, |service| (&service.key, &service.problems))
             }
-            Change::Slice(delta) => {
-                self.delta("EndpointSlice", delta, |slice| (slice.key.to_string(), &slice.problems))
-            }
-            Change::Node(delta) => self.delta("Node", delta, |node| (node.name.clone(), &node.problems)),
+            Change::Slice(delta) => self.delta("EndpointSlice", delta, |slice| (&slice.key, &slice.problems)),
+            Change::Node(delta) => self.delta("Node", delta, |node| (&node.name, &node.problems)),
             // Those who follow say that themselves.
             Change::OwnAddresses(_) | Change::Following { .. } => Vec::new(),
             Change::Mended(object) => self.tell(Source::Object, object.clone(), BTreeSet::new()),
@@ -59,6 +58,9 @@ impl Told {
 
     /// What resolving a Service found; nothing if it is gone.
     pub fn service(&mut self, key: &ObjectKey, problems: Vec<Problem>) -> Vec<News> {
+        if problems.is_empty() && self.by_object.is_empty() {
+            return Vec::new();
+        }
         self.tell(Source::Resolve, format!("Service {key}"), problems.into_iter().collect())
     }
 
@@ -71,7 +73,7 @@ impl Told {
         &mut self,
         kind: &str,
         delta: &Delta<T>,
-        parts: impl Fn(&T) -> (String, &Vec<Problem>),
+        parts: impl Fn(&T) -> (&dyn Display, &Vec<Problem>),
     ) -> Vec<News> {
         let reads = match delta {
             Delta::List(list) => list.as_slice(),
@@ -83,6 +85,10 @@ impl Told {
         };
         let mut named: BTreeMap<String, BTreeSet<Problem>> = BTreeMap::new();
         for read in reads {
+            // Nearly all: nothing is wrong with it, and nothing was said of anything.
+            if self.by_object.is_empty() && read.as_ref().is_ok_and(|object| parts(object).1.is_empty()) {
+                continue;
+            }
             let (object, problems) = self.read(kind, read, &parts);
             named.entry(object).or_default().extend(problems);
         }
@@ -101,7 +107,7 @@ impl Told {
         &self,
         kind: &str,
         read: &Read<T>,
-        parts: impl Fn(&T) -> (String, &Vec<Problem>),
+        parts: impl Fn(&T) -> (&dyn Display, &Vec<Problem>),
     ) -> (String, Vec<Problem>) {
         match read {
             Ok(object) => {

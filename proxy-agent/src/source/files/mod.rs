@@ -45,9 +45,7 @@ pub enum Error {
 
 /// Reads all files once: complete lists of Nodes, Services and EndpointSlices.
 pub fn load(dir: &Path) -> Result<Vec<Change>, Error> {
-    let mut files = watch::Files::new(dir);
-    files.scan()?;
-    Ok(files.lists())
+    watch::Files::new(dir).start()
 }
 
 /// Sends complete lists, then changes as they happen, until `tx` is closed. A thread of its own does the reading: a

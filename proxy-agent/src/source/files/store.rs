@@ -50,6 +50,20 @@ impl Store {
         self.files.keys().map(String::as_str)
     }
 
+    /// The files of a start: what they say is asked for as [`Self::lists`].
+    pub(super) fn fill(&mut self, updates: Vec<(String, Option<Parsed>)>) {
+        for (name, parsed) in updates {
+            // The lists have what is broken, too.
+            self.replace(&name, parsed, &mut Vec::new());
+        }
+        let ids: Vec<Id> = self.claims.keys().filter(|id| id.kind != Kind::Slice).cloned().collect();
+        for id in ids {
+            let said = self.say(&id);
+            self.feed_derive(&id, said.good.as_ref().map(|(object, _)| object));
+        }
+        self.derive.flush();
+    }
+
     /// A file is new, changed or (`None`) gone. Returns what that changes: what is new and changed first, then what is
     /// gone, so that what moves from one file to another is never missing.
     pub(super) fn update(&mut self, updates: Vec<(String, Option<Parsed>)>) -> Vec<Change> {

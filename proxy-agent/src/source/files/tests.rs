@@ -94,8 +94,7 @@ impl Fixture {
             fs::write(dir.path().join(name), text).unwrap();
         }
         let mut source = watch::Files::new(dir.path());
-        source.scan().unwrap();
-        let lists = show(source.lists());
+        let lists = show(source.start().unwrap());
         (Self { dir, files: source }, lists)
     }
 

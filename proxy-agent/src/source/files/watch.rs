@@ -19,9 +19,13 @@ use super::Error;
 use super::document::{Broken, Parsed, parse};
 use super::store::Store;
 use crate::object::{Batch, Change};
+use crate::parallel;
 
 /// Larger files are named and not read: their objects as values would take some twenty times as much memory.
 const MAX_FILE_BYTES: u64 = 64 << 20;
+
+/// Each may be as large as that, and takes memory while it is read.
+const READ_AT_ONCE_MAX: usize = 4;
 
 /// How often to look for what inotify does not tell: the directory replaced by another, a link's target rewritten.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
@@ -72,12 +76,25 @@ impl Files {
         Self { dir: dir.to_owned(), seen: BTreeMap::new(), store: Store::default() }
     }
 
+    /// Reads all files of the directory for the first time: what they hold, as complete lists.
+    pub(super) fn start(&mut self) -> Result<Vec<Change>, Error> {
+        let updates = self.look(self.names()?);
+        self.store.fill(updates);
+        Ok(self.lists())
+    }
+
     pub(super) fn lists(&self) -> Vec<Change> {
         self.store.lists()
     }
 
-    /// Reads all files of the directory.
+    /// Reads all files of the directory again.
     pub(super) fn scan(&mut self) -> Result<Vec<Change>, Error> {
+        let updates = self.look(self.names()?);
+        Ok(self.take(updates))
+    }
+
+    /// Those that there are, and were.
+    fn names(&self) -> Result<BTreeSet<String>, Error> {
         let list = |source| Error::List { dir: self.dir.clone(), source };
         let mut names: BTreeSet<String> = self.store.names().map(str::to_owned).collect();
         for entry in fs::read_dir(&self.dir).map_err(list)? {
@@ -90,41 +107,34 @@ impl Files {
                 None => warn!(dir = %self.dir.display(), ?name, "file name is not UTF-8; ignored"),
             }
         }
-        let updates = self.look(names);
-        Ok(self.take(updates))
+        Ok(names)
     }
 
     /// Reads files of the directory, or finds that they are gone. Nothing follows from it before [`Self::take`].
     fn look(&mut self, names: impl IntoIterator<Item = String>) -> Updates {
+        let known = |name: &str| self.seen.get(name).and_then(|seen| seen.content);
+        let found = parallel::map(names.into_iter().collect(), READ_AT_ONCE_MAX, |name: String| {
+            let found = find(&self.dir, &name, known(&name));
+            (name, found)
+        });
         let mut updates = Vec::new();
-        for name in names {
-            let path = self.dir.join(&name);
-            let is_link = fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_symlink());
-            let (content, link, parsed) = match read_file(&path) {
-                Ok(None) => {
+        for (name, found) in found {
+            match found {
+                Found::Nothing => {
                     if self.seen.remove(&name).is_some() {
                         updates.push((name, None));
                     }
-                    continue;
                 }
-                Ok(Some((bytes, metadata))) => {
-                    let mut hasher = DefaultHasher::new();
-                    bytes.hash(&mut hasher);
-                    let content = Some(hasher.finish());
-                    let link = is_link.then(|| stamp(&metadata));
-                    if let Some(seen) = self.seen.get_mut(&name).filter(|seen| seen.content == content) {
+                Found::Same { link } => {
+                    if let Some(seen) = self.seen.get_mut(&name) {
                         seen.link = link;
-                        continue;
                     }
-                    (content, link, parse(&name, &bytes))
                 }
-                Err(message) => {
-                    let broken = vec![Broken::file(&name, message)];
-                    (None, None, Parsed { entries: Vec::new(), broken })
+                Found::News(seen, parsed) => {
+                    self.seen.insert(name.clone(), seen);
+                    updates.push((name, Some(parsed)));
                 }
-            };
-            self.seen.insert(name.clone(), Seen { content, link });
-            updates.push((name, Some(parsed)));
+            }
         }
         updates
     }
@@ -145,6 +155,39 @@ impl Files {
             })
             .map(|(name, _)| name.clone())
             .collect()
+    }
+}
+
+/// What there is under a name.
+enum Found {
+    Nothing,
+    /// The same bytes as before.
+    Same {
+        link: Option<Stamp>,
+    },
+    News(Seen, Parsed),
+}
+
+/// `known`: the content of a file that was read before.
+fn find(dir: &Path, name: &str, known: Option<u64>) -> Found {
+    let path = dir.join(name);
+    let is_link = fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_symlink());
+    match read_file(&path) {
+        Ok(None) => Found::Nothing,
+        Ok(Some((bytes, metadata))) => {
+            let mut hasher = DefaultHasher::new();
+            bytes.hash(&mut hasher);
+            let content = Some(hasher.finish());
+            let link = is_link.then(|| stamp(&metadata));
+            if content == known {
+                return Found::Same { link };
+            }
+            Found::News(Seen { content, link }, parse(name, &bytes))
+        }
+        Err(message) => {
+            let broken = vec![Broken::file(name, message)];
+            Found::News(Seen { content: None, link: None }, Parsed { entries: Vec::new(), broken })
+        }
     }
 }
 
@@ -254,8 +297,7 @@ pub(super) fn follow(dir: &Path, tx: &UnboundedSender<Batch>, stop: &UnixStream)
     // Watch first, read then: what changes in between is read twice rather than missed.
     let mut watch = Watch::new(dir).map_err(failed)?;
     let mut files = Files::new(dir);
-    files.scan()?;
-    if !send(tx, files.lists()) {
+    if !send(tx, files.start()?) {
         return Ok(());
     }
     let mut dir_missing = false;
