@@ -13,7 +13,7 @@ use crate::claims::FrontendId;
 use crate::control::{Question, Reply, Request};
 use crate::dataplane::bpf::Kernel;
 use crate::dataplane::{Dataplane, Limits};
-use crate::kernel::{self, Claim, Loaded, Pins, Settings, devices};
+use crate::kernel::{self, Claim, Loaded, Pins, Settings, devices, programs};
 use crate::model::{Model, OwnAddresses};
 use crate::object::{Batch, ObjectKey};
 use crate::packet::{self, PacketPath, flows};
@@ -66,6 +66,9 @@ pub struct Agent {
     closer: Closer,
     /// Which tables `kernel` and `loaded` are of.
     generation: u32,
+    /// No former run left anything in use. How large the tables must be, the first lists tell: until then no program is
+    /// loaded, which would have to be loaded again.
+    cold: bool,
     settings: Settings,
     started: Instant,
     /// Services whose last programming failed.
@@ -80,13 +83,15 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Loads the programs on what a former run left pinned, or on new tables; the pin directory is prepared and claimed.
+    /// Loads the programs on what a former run left pinned, or makes new tables; the pin directory is prepared and claimed.
     /// Writes nothing and attaches nothing yet (Q1).
     ///
     /// # Errors
     /// If the kernel refuses something.
     pub fn start(config: Config, claim: Claim) -> Result<Self, kernel::Error> {
-        let generation = config.pins.newest()?.unwrap_or(0);
+        let newest = config.pins.newest()?;
+        let cold = newest.is_none() && programs::links(&config.pins).is_empty();
+        let generation = newest.unwrap_or(0);
         let tables = config.pins.tables(generation);
         let settings = Settings::of_this_host(
             !config.policy.no_packet_path,
@@ -98,7 +103,10 @@ impl Agent {
                 "this kernel cannot refuse a connection with ECONNREFUSED (needs 5.18): left to the packet path"
             );
         }
-        let loaded = Loaded::load(&config.pins, &tables, config.limits, settings)?;
+        let mut loaded = Loaded::prepare(&config.pins, &tables, config.limits, settings)?;
+        if !cold {
+            loaded.load()?;
+        }
         let kernel = Kernel::of(&tables, &config.pins)?;
         let reconciler =
             Reconciler::adopt(&kernel).map_err(kernel::Error::path("read the frontends in", &tables))?;
@@ -124,6 +132,7 @@ impl Agent {
             packets,
             closer,
             generation,
+            cold,
             settings,
             started: Instant::now(),
             failed: BTreeMap::new(),
@@ -322,8 +331,10 @@ impl Agent {
         WantedService { key, ports: resolved.iter().map(port).collect() }
     }
 
-    /// Attaches the programs: the tables behind them are complete now, so whoever comes finds what is wanted.
+    /// Attaches the programs: the tables behind them are complete now, so whoever comes finds what is wanted. Sockets are
+    /// served already while the verifier walks the programs for packets, which takes it several times as long.
     fn first_sync(&mut self, report: &Report) -> Result<(), kernel::Error> {
+        self.loaded.load_for_sockets()?;
         let (made, updated) = self.loaded.attach(&self.config.cgroup)?;
         self.config.pins.remove_others(self.generation)?;
         if self.packets.is_none() {
@@ -343,7 +354,12 @@ impl Agent {
             failed = self.failed.len(),
             "synced"
         );
-        Ok(())
+        let rest = self.loaded.load();
+        if rest.is_err() {
+            // Nobody will keep up what sockets are told.
+            self.config.pins.detach()?;
+        }
+        rest
     }
 
     /// Writes what is wanted, on larger tables if it does not fit. With `full` the room that it needs is known before.
@@ -403,7 +419,10 @@ impl Agent {
     fn fill(&mut self, generation: u32, limits: Limits) -> Result<(Loaded, Kernel), kernel::Error> {
         let pins = &self.config.pins;
         let tables = pins.begin(generation)?;
-        let loaded = Loaded::load(pins, &tables, limits, self.settings)?;
+        let mut loaded = Loaded::prepare(pins, &tables, limits, self.settings)?;
+        if self.status.synced || !self.cold {
+            loaded.load()?;
+        }
         let mut kernel = Kernel::of(&tables, pins)?;
         let filled = self.reconciler.copy_to(&mut kernel);
         filled.map_err(|failure| kernel::Error::path("fill", &tables)(failure.error))?;

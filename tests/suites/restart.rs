@@ -9,6 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use aya::EbpfLoader;
+use proxy_agent::kernel::{Pins, programs::OBJECT};
 use serde_json::{Value, json};
 use sheave_tests::{
     agent::{Agent, Source, sheave, sheave_as_nobody},
@@ -276,6 +278,30 @@ fn a_second_agent_refuses_to_start() {
     assert_eq!((&after["writes"], &after["agent"]), (&before["writes"], &json!("running")));
     scene.apply("web", &serving(&scene, "web", &[V4, V6], &[2])).unwrap();
     everything_works(&client, &["pod-1-3"]);
+}
+
+/// Where programs for packets cannot be had, those for sockets do not stay: nobody would tell them of changes.
+#[test]
+fn a_start_that_fails_half_way_leaves_no_program() {
+    let mut scene = Scene::without_agent(Shape { nodes: 1, pods: 3 }, &[] as &[&str]).unwrap();
+    scene.lab().manifests().write("web", &serving(&scene, "web", &[V4, V6], &[0, 1])).unwrap();
+    let pins = Pins::new(scene.node().unwrap().bpffs());
+    pins.prepare().unwrap();
+    // It has no place for the second of them.
+    let too_small = pins.state().join("PACKET_PROGRAMS");
+    let mut loader = EbpfLoader::new();
+    loader.map_max_entries("PACKET_PROGRAMS", 1).map_pin_path("PACKET_PROGRAMS", &too_small);
+    drop(loader.load(OBJECT).unwrap());
+    let agent = Agent::spawn(scene.lab(), scene.node().unwrap(), &[] as &[&str]).unwrap();
+    let log = agent.log().to_owned();
+    assert!(!agent.wait_ended(STARTED_WITHIN).unwrap().success());
+    let log = fs::read_to_string(log).unwrap();
+    assert!(log.contains("synced") && log.contains("PACKET_PROGRAMS"), "{log}");
+    assert!(bpf::programs_of(scene.node().unwrap().cgroup()).unwrap().is_empty());
+    fs::remove_file(too_small).unwrap();
+    scene.start_agent().unwrap();
+    scene.serve().unwrap();
+    everything_works(&scene.pod(2).unwrap().client().unwrap(), &["pod-1-1", "pod-1-2"]);
 }
 
 /// Q8, Z8: under load of every kind, ten kills and restarts lose nothing.

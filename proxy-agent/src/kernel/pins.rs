@@ -185,14 +185,21 @@ impl Pins {
     /// # Errors
     /// If something cannot be removed.
     pub fn remove_all(&self, _claim: Claim) -> Result<(), Error> {
-        let root = self.root();
         devices::remove_all_filters(self)?;
+        self.detach()?;
+        remove_directory(&self.root())
+    }
+
+    /// Takes the programs off the cgroup.
+    ///
+    /// # Errors
+    /// If a link's pin cannot be removed.
+    pub fn detach(&self) -> Result<(), Error> {
         for link in fs::read_dir(self.links()).into_iter().flatten().flatten() {
             // The removal below detaches too, only later; before 5.9 it is the only way.
             let _ = sys::object_get(&link.path()).and_then(|link| sys::link_detach(link.as_fd()));
         }
-        remove_directory(&self.links())?;
-        remove_directory(&root)
+        remove_directory(&self.links())
     }
 
     fn names(&self) -> Result<Vec<String>, Error> {

@@ -5,8 +5,6 @@ use std::io::ErrorKind;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
-use std::thread;
 
 use aya::maps::{Map, MapData, MapError, ProgramArray};
 use aya::programs::links::{FdLink, PinnedLink};
@@ -22,6 +20,7 @@ use proxy_common::abi::{
 
 use super::{Error, Pins, sys};
 use crate::dataplane::{Limits, frontends};
+use crate::parallel;
 
 /// The kernel programs and their maps, as built: ELF.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sheave-bpf"));
@@ -162,18 +161,22 @@ impl Settings {
     }
 }
 
-/// Programs that are in the kernel, on pinned maps, attached or not yet.
+/// The programs on pinned maps: in the kernel or not yet, attached or not yet.
 pub struct Loaded {
     ebpf: Ebpf,
     pins: Pins,
+    settings: Settings,
+    has_sockets: bool,
+    has_packets: bool,
 }
 
 impl Loaded {
-    /// Loads the programs on the tables in a directory, which are made with `limits` if they are not pinned there yet.
+    /// Prepares programs for the tables in a directory, which are made with `limits` if they are not pinned there yet. None
+    /// is in the kernel after that.
     ///
     /// # Errors
     /// If the kernel refuses, or a pinned map has another shape.
-    pub fn load(pins: &Pins, tables: &Path, limits: Limits, settings: Settings) -> Result<Self, Error> {
+    pub fn prepare(pins: &Pins, tables: &Path, limits: Limits, settings: Settings) -> Result<Self, Error> {
         std::fs::create_dir_all(tables).map_err(Error::path("create", tables))?;
         let state = pins.state();
         let pinned = || {
@@ -207,20 +210,45 @@ impl Loaded {
         for (shape, path) in pinned() {
             loader.map_pin_path(shape.name, path);
         }
-        let mut ebpf = loader.load(OBJECT)?;
-        let fast: &[_] = if settings.fast_path { &FAST_PATH } else { &[] };
+        let ebpf = loader.load(OBJECT)?;
+        Ok(Self { ebpf, pins: pins.clone(), settings, has_sockets: false, has_packets: false })
+    }
+
+    /// Loads what is not in the kernel yet.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn load(&mut self) -> Result<(), Error> {
+        self.load_these(true, self.settings.packet_path)
+    }
+
+    /// Loads only what serves sockets.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_for_sockets(&mut self) -> Result<(), Error> {
+        self.load_these(true, false)
+    }
+
+    fn load_these(&mut self, sockets: bool, packets: bool) -> Result<(), Error> {
+        let (sockets, packets) = (sockets && !self.has_sockets, packets && !self.has_packets);
+        let fast: &[_] = if self.settings.fast_path { &FAST_PATH } else { &[] };
         let continuations: Vec<_> = CONTINUATIONS.iter().chain(fast).copied().collect();
         let mut wanted = Vec::new();
-        if settings.packet_path {
+        if packets {
             // These take longest.
             wanted.extend(continuations.iter().map(|(name, _)| *name).chain(CLASSIFIERS));
         }
-        wanted.extend(PROGRAMS);
-        load_all(&mut ebpf, &wanted)?;
-        if settings.packet_path {
-            place(&mut ebpf, &continuations)?;
+        if sockets {
+            wanted.extend(PROGRAMS);
         }
-        Ok(Self { ebpf, pins: pins.clone() })
+        load_all(&mut self.ebpf, &wanted)?;
+        if packets {
+            place(&mut self.ebpf, &continuations)?;
+        }
+        self.has_sockets |= sockets;
+        self.has_packets |= packets;
+        Ok(())
     }
 
     /// One of [`CLASSIFIERS`].
@@ -338,22 +366,9 @@ fn load_all(ebpf: &mut Ebpf, wanted: &[&'static str]) -> Result<(), Error> {
     let mut programs: Vec<_> =
         ebpf.programs_mut().filter_map(|(name, program)| Some((place(name)?, program))).collect();
     programs.sort_by_key(|(place, _)| *place);
-    let left = Mutex::new(wanted.iter().zip(programs));
-    let work = || -> Result<(), Error> {
-        loop {
-            let next = left.lock().unwrap_or_else(PoisonError::into_inner).next();
-            let Some((name, (_, program))) = next else { return Ok(()) };
-            load(program, name)?;
-        }
-    };
-    let threads = thread::available_parallelism().map_or(1, usize::from).min(LOADED_AT_ONCE_MAX);
-    thread::scope(|scope| {
-        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
-        let own = work();
-        others.into_iter().fold(own, |before, other| {
-            before.and(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-        })
-    })
+    let programs = wanted.iter().zip(programs).collect();
+    let load = |(name, (_, program)): (&&'static str, (usize, &mut Program))| load(program, name);
+    parallel::map(programs, LOADED_AT_ONCE_MAX, load).into_iter().collect()
 }
 
 /// Gives [`CONTINUATIONS`] and, if they are among these, [`FAST_PATH`] their places. From here on the hooks of a former run

@@ -46,7 +46,7 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Opens what [`kernel::Loaded::load`] pinned.
+    /// Opens what [`kernel::Loaded::prepare`] pinned.
     ///
     /// # Errors
     /// If the kernel refuses.

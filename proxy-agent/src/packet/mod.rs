@@ -120,7 +120,7 @@ pub struct DeviceView {
 }
 
 impl PacketPath {
-    /// Opens what [`Loaded::load`] pinned, and reads what is written. Changes nothing.
+    /// Opens what [`Loaded::prepare`] pinned, and reads what is written. Changes nothing.
     ///
     /// # Errors
     /// If the kernel refuses.
