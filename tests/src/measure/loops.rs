@@ -11,6 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::{
+    errno::Errno,
     libc,
     sys::socket::{
         AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrLike, SockaddrStorage, connect,
@@ -286,11 +287,36 @@ impl Collector {
     }
 }
 
+/// As [`source_of`], again and again with one socket. One for each look would have to be freed: the kernel does so in heaps
+/// of thousands, and what happens in those milliseconds is not seen.
+struct Looks {
+    socket: UdpSocket,
+    to: SockaddrStorage,
+}
+
+impl Looks {
+    fn new(to: SocketAddr) -> Result<Self> {
+        let descriptor = new_socket(family_of(to), SockType::Datagram)?;
+        Ok(Self { socket: descriptor.into(), to: to.into() })
+    }
+
+    fn look(&self) -> Result<String> {
+        // Without a peer it has no source either, and gets a new one.
+        let nobody =
+            libc::sockaddr { sa_family: AddressFamily::Unspec as libc::sa_family_t, sa_data: [0; 14] };
+        let length = libc::socklen_t::try_from(size_of_val(&nobody))?;
+        // SAFETY: an address of this length, which lives during the call.
+        let result = unsafe { libc::connect(self.socket.as_raw_fd(), &raw const nobody, length) };
+        Errno::result(result).context("connect to nobody (UDP)")?;
+        connect(self.socket.as_raw_fd(), &self.to).context("connect (UDP)")?;
+        Ok(self.socket.local_addr().context("getsockname")?.ip().to_string())
+    }
+}
+
 pub(super) fn await_change(to: SocketAddr, from: String, timeout: Duration) -> Result<Change> {
     let deadline = Instant::now() + timeout;
-    let family = family_of(to);
-    let raw = SockaddrStorage::from(to);
-    let look = || source_of(family, &raw).map(|source| source.to_string());
+    let looks = Looks::new(to)?;
+    let look = || looks.look();
     let mut change = Change { from, ..Change::default() };
     loop {
         let begin_ns = monotonic_ns();
