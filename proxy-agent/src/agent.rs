@@ -115,10 +115,7 @@ impl Agent {
         } else {
             Some(PacketPath::open(&config.pins, config.packets)?)
         };
-        let closer = Closer::start(&config.pins).map_err(kernel::Error::path(
-            "start the thread for",
-            config.pins.state().join("SOCKET_PLACES"),
-        ))?;
+        let closer = Closer::start(&config.pins)?;
         let model = Model::new(config.node_name.clone(), config.policy.clone(), OwnAddresses::Reported);
         Ok(Self {
             status: Status::new(&config, reconciler.adopted_frontends()),

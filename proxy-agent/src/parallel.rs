@@ -1,4 +1,4 @@
-//! Work that is divided among the machine's CPUs.
+//! Work and the machine's CPUs: what is divided among them, and what gives way.
 
 use std::panic::resume_unwind;
 use std::sync::{Mutex, PoisonError};
@@ -7,8 +7,10 @@ use std::thread;
 /// Does `work` with every item, on as many threads as there are CPUs, but `most` at the most; this thread is one of them.
 /// Items are begun in their order, and results are in it.
 pub fn map<T: Send, R: Send>(items: Vec<T>, most: usize, work: impl Fn(T) -> R + Sync) -> Vec<R> {
-    let threads = thread::available_parallelism().map_or(1, usize::from).min(most).min(items.len());
-    if threads <= 1 {
+    let most = most.min(items.len());
+    // To ask for the number of CPUs takes longer than many a work of one item: it reads what cgroups allow.
+    let threads = if most < 2 { 1 } else { thread::available_parallelism().map_or(1, usize::from).min(most) };
+    if threads < 2 {
         return items.into_iter().map(work).collect();
     }
     let left = Mutex::new(items.into_iter().enumerate());
@@ -30,6 +32,14 @@ pub fn map<T: Send, R: Send>(items: Vec<T>, most: usize, work: impl Fn(T) -> R +
     });
     done.sort_unstable_by_key(|(place, _)| *place);
     done.into_iter().map(|(_, result)| result).collect()
+}
+
+/// From now on this thread has a CPU when nobody else of this machine wants it, or a tenth of one: what it does may come a
+/// little later, and what changes is to be in the kernel at once.
+pub fn give_way() {
+    const NICE: libc::c_int = 10;
+    // SAFETY: says something of the calling thread alone. It cannot fail for a value that is lower in rank.
+    let _ = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
 }
 
 #[cfg(test)]

@@ -15,11 +15,14 @@ use std::thread;
 use std::time::Duration;
 
 use nix::sched::{CloneFlags, setns};
+use proxy_common::abi::socket::SOCKET_PLACES;
 use proxy_common::abi::{Address, Port, SocketPlace};
 
-use crate::kernel::Pins;
-use crate::kernel::programs::socket_places;
+use crate::kernel::mapping::Mapping;
+use crate::kernel::programs::open_pinned;
+use crate::kernel::{self, Pins};
 use crate::netlink::{self, Message, Netlink};
+use crate::parallel::give_way;
 use crate::served::Served;
 
 /// linux/sock_diag.h: `SOCK_DIAG_BY_FAMILY`, `SOCK_DESTROY`.
@@ -43,11 +46,17 @@ impl Closer {
     /// Starts it, on what the programs pinned.
     ///
     /// # Errors
-    /// If there can be no thread.
-    pub fn start(pins: &Pins) -> io::Result<Self> {
+    /// If the map cannot be had, or no thread.
+    pub fn start(pins: &Pins) -> Result<Self, kernel::Error> {
+        const NAME: &str = "SOCKET_PLACES";
+        let state = pins.state();
+        let places = Mapping::new(open_pinned(&state, NAME)?.fd(), SOCKET_PLACES, false)
+            .map_err(kernel::Error::path("map into memory", state.join(NAME)))?;
         let (orders, ordered) = channel();
-        let pins = pins.clone();
-        thread::Builder::new().name("sockets".to_owned()).spawn(move || run(&pins, &ordered))?;
+        thread::Builder::new()
+            .name("sockets".to_owned())
+            .spawn(move || run(&places, &ordered))
+            .map_err(kernel::Error::path("start the thread for", state.join(NAME)))?;
         Ok(Self(orders))
     }
 
@@ -60,7 +69,8 @@ impl Closer {
     }
 }
 
-fn run(pins: &Pins, orders: &Receiver<Served>) {
+fn run(places: &Mapping<SocketPlace>, orders: &Receiver<Served>) {
+    give_way();
     if fs::metadata("/proc/self/ns/pid").is_ok_and(|namespace| namespace.ino() != FIRST_PID_NAMESPACE) {
         tracing::warn!(
             "the agent does not see the node's processes (hostPID): connected UDP sockets of pods stay with an endpoint \
@@ -72,7 +82,7 @@ fn run(pins: &Pins, orders: &Receiver<Served>) {
         thread::sleep(PAUSE);
         // One walk for all that wait (C6).
         served.extend(orders.try_iter().flatten());
-        match close_all(pins, &served) {
+        match close_all(places, &served) {
             Ok(0) => told = false,
             Ok(closed) => {
                 told = false;
@@ -95,9 +105,8 @@ type Stale = BTreeMap<u64, SocketAddr>;
 
 /// In every network namespace of the node, until all are found; returns how many were closed. What fails in one does not
 /// spare the others.
-fn close_all(pins: &Pins, served: &Served) -> io::Result<usize> {
-    let places = socket_places(pins).map_err(io::Error::other)?;
-    let mut stale: Stale = places.iter().filter_map(|place| stale(served, place)).collect();
+fn close_all(places: &Mapping<SocketPlace>, served: &Served) -> io::Result<usize> {
+    let mut stale: Stale = places.taken().filter_map(|place| stale(served, &place)).collect();
     if stale.is_empty() {
         return Ok(0);
     }

@@ -65,9 +65,10 @@ static DATAGRAM_FLOWS: LruHashMap<DatagramKey, DatagramFlow> =
 static DATAGRAM_ORIGIN: LruHashMap<DatagramKey, DatagramOrigin> =
     LruHashMap::with_max_entries(DATAGRAM_SOCKETS, 0);
 
-/// Writer: the programs.
+/// Writer: the programs. The agent reads it as memory.
 #[map]
-pub(crate) static SOCKET_PLACES: Array<SocketPlace> = Array::with_max_entries(socket::SOCKET_PLACES, 0);
+pub(crate) static SOCKET_PLACES: Array<SocketPlace> =
+    Array::with_max_entries(socket::SOCKET_PLACES, BPF_F_MMAPABLE);
 
 /// Writer: the programs.
 #[btf_map]

@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fen
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use proxy_common::abi::line::Header;
-use proxy_common::abi::{Backend, BackendId, FrontendKey, FrontendLine, ServiceId, ServiceRecord, Slot};
+use proxy_common::abi::{
+    Backend, BackendId, FrontendKey, FrontendLine, ServiceId, ServiceRecord, Slot, SocketPlace,
+};
 
 use crate::dataplane::RecordWord;
 
@@ -260,6 +262,22 @@ impl Mapping<Backend> {
         // SAFETY: in the mapping and aligned.
         let backend = entry.and_then(|entry| unsafe { Backend::read(entry.cast().as_ptr()) });
         backend.unwrap_or(Backend::vacant(0))
+    }
+}
+
+impl Mapping<SocketPlace> {
+    /// Places that sockets have. A program may be writing one: its seal tells.
+    pub fn taken(&self) -> impl Iterator<Item = SocketPlace> {
+        let read = |index| {
+            let cookie = self.word(index, std::mem::offset_of!(SocketPlace, cookie)).ok()?;
+            if cookie.load(Ordering::Relaxed) == 0 {
+                return None;
+            }
+            let place = self.at(index, 0).ok()?;
+            // SAFETY: in the mapping and aligned; any bytes are a place.
+            Some(unsafe { place.cast::<SocketPlace>().read_volatile() })
+        };
+        (0..self.entries).filter_map(read)
     }
 }
 

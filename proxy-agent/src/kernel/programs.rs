@@ -298,17 +298,6 @@ pub fn open_pinned(directory: &Path, name: &'static str) -> Result<MapData, Erro
     MapData::from_pin(directory.join(name)).map_err(|source| Error::Map { map: name, source })
 }
 
-/// What sockets of the node dialled, with those that dialled nothing.
-///
-/// # Errors
-/// If the map is not pinned or cannot be read.
-pub fn socket_places(pins: &Pins) -> Result<Vec<SocketPlace>, Error> {
-    let map = open_pinned(&pins.state(), "SOCKET_PLACES")?;
-    let entries: Vec<(u32, SocketPlace)> =
-        sys::batch_entries(map.fd().as_fd()).map_err(Error::path("read", "SOCKET_PLACES"))?;
-    Ok(entries.into_iter().map(|(_, place)| place).collect())
-}
-
 /// Sums of the per-CPU counters, in the order of [`Outcome::ALL`].
 ///
 /// # Errors
