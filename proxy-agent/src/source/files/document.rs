@@ -431,8 +431,9 @@ fn normalise(value: &mut Value, id: &Id) {
 }
 
 fn object(value: &Value, kind: Kind) -> Result<Object, serde_path_to_error::Error<serde_json::Error>> {
+    // Where in it an error is, is asked when there is one: to keep count of that takes time.
     fn typed<T: DeserializeOwned>(value: &Value) -> Result<T, serde_path_to_error::Error<serde_json::Error>> {
-        serde_path_to_error::deserialize(value)
+        T::deserialize(value).or_else(|_| serde_path_to_error::deserialize(value))
     }
     Ok(match kind {
         Kind::Node => Object::Node(Arc::new(object::node(&typed::<core::Node>(value)?))),
