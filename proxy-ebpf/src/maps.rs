@@ -19,7 +19,7 @@ use proxy_common::{
         Outcome, PacketSettings, Port, ServiceId, ServiceRecord, SetWord, Slot, SnatKey, SocketOrigin,
         SocketPlace, SourceRange,
         line::Header,
-        packet::{FLOW_PLACES, PROGRAMS, SNAT_PLACES, VIP_PLACES},
+        packet::{FLOW_PLACES, PROGRAMS, SNAT_PLACES, VIP_BYTES},
         socket,
     },
     decide::{Tables, packet::Headers},
@@ -128,7 +128,7 @@ pub(crate) static SOURCE_RANGES: LpmTrie<SourceRange, u32> =
 
 /// Writer: the agent, through memory.
 #[map]
-pub(crate) static VIPS: Array<[u8; VIP_PLACES]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+pub(crate) static VIPS: Array<[u8; VIP_BYTES]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 /// Writers: the programs, and the agent, which ages it and writes flows of another proxy.
 #[map]

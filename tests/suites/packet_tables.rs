@@ -19,7 +19,7 @@ use proxy_agent::{
 };
 use proxy_common::abi::{
     Address, Flow, FlowKey, FrontendKey, PacketSettings, Port, SnatKey, SourceRange,
-    packet::{FLOW_PLACES, FRESH, SNAT_PLACES, VIP_PLACES, flow_place, snat_place, vip_place},
+    packet::{FLOW_PLACES, FRESH, SNAT_PLACES, VIP_BYTES, VIP_PLACES, flow_place, snat_place, vip_place},
 };
 use serde_json::{Value, json};
 use sheave_tests::{
@@ -57,8 +57,8 @@ fn cluster_ips(scene: &Scene) -> BTreeSet<String> {
 
 fn vips(scene: &Scene) -> BTreeSet<usize> {
     let map = open_pinned(&pins(scene).state(), "VIPS").unwrap();
-    let bytes: Mapping<[u8; VIP_PLACES]> = Mapping::new(map.fd(), 1, false).unwrap();
-    (0..VIP_PLACES).filter(|place| bytes.load(*place) != 0).collect()
+    let bits: Mapping<[u8; VIP_BYTES]> = Mapping::new(map.fd(), 1, false).unwrap();
+    (0..VIP_PLACES).filter(|place| bits.has_vip(*place)).collect()
 }
 
 fn places(vips: &[&str]) -> BTreeSet<usize> {

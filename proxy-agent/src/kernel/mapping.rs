@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fen
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use proxy_common::abi::line::Header;
+use proxy_common::abi::packet::{VIP_BYTES, vip_bit};
 use proxy_common::abi::{
     Backend, BackendId, FrontendKey, FrontendLine, ServiceId, ServiceRecord, Slot, SocketPlace,
 };
@@ -311,6 +312,22 @@ impl<const N: usize> Mapping<[u8; N]> {
         let at = self.at(0, place)?;
         // SAFETY: in the mapping, and shared with the kernel, which reads and writes it with single byte accesses.
         Ok(unsafe { AtomicU8::from_ptr(at.as_ptr()) })
+    }
+}
+
+/// `VIPS`, of which nobody else is a writer.
+impl Mapping<[u8; VIP_BYTES]> {
+    /// Whether a VIP has this place.
+    pub fn has_vip(&self, place: usize) -> bool {
+        let (at, bit) = vip_bit(place);
+        self.load(at) & bit != 0
+    }
+
+    /// Says whether one has; returns whether that is news. A place out of range has none.
+    pub fn set_vip(&mut self, place: usize, has: bool) -> bool {
+        let (at, bit) = vip_bit(place);
+        let bits = self.load(at);
+        (bits & bit != 0) != has && self.store(at, bits ^ bit).is_ok()
     }
 }
 

@@ -11,7 +11,7 @@ use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::{CgroupAttachMode, CgroupSockAddr, Program, SchedClassifier};
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfLoader};
-use proxy_common::abi::packet::{ACCEPT, EGRESS, FAST, FLOW_PLACES, INGRESS, SNAT_PLACES, VIP_PLACES};
+use proxy_common::abi::packet::{ACCEPT, EGRESS, FAST, FLOW_PLACES, INGRESS, SNAT_PLACES, VIP_BYTES};
 use proxy_common::abi::{
     Address, AffinityEntry, AffinityKey, Backend, DatagramFlow, DatagramKey, DatagramOrigin, Device, Flow,
     FlowKey, FragmentKey, FragmentPorts, FrontendLine, Outcome, PacketSettings, ServiceRecord, Slot, SnatKey,
@@ -86,7 +86,7 @@ const STATE: [Shape; 21] = [
     shape!("SOCKET_PLACES", u32, SocketPlace),
     shape!("SOCKET_ORIGIN", i32, SocketOrigin),
     shape!("COUNTERS", u32, u64),
-    shape!("VIPS", u32, [u8; VIP_PLACES]),
+    shape!("VIPS", u32, [u8; VIP_BYTES]),
     shape!("CLUSTER_IPS", Address, u32),
     shape!("DEVICES", u32, Device),
     shape!("PACKET_SETTINGS", u32, PacketSettings),

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use proxy_common::abi::Address;
-use proxy_common::abi::packet::{VIP_PLACES, vip_place};
+use proxy_common::abi::packet::{VIP_BYTES, VIP_PLACES, vip_place};
 
 use super::counted::Counted;
 use super::flows::Report;
@@ -20,7 +20,7 @@ use crate::object::ObjectKey;
 
 /// See the module.
 pub(super) struct Vips {
-    vips: Mapping<[u8; VIP_PLACES]>,
+    vips: Mapping<[u8; VIP_BYTES]>,
     vips_wanted: Counted<usize>,
     /// Places that no frontend has any more. Connections may (Z8, C7): they are cleared after a walk that began later and
     /// found none. True: a walk has begun later.
@@ -84,10 +84,7 @@ impl Vips {
         let places = vips.into_iter().map(|vip| vip_place(&vip.into())).collect();
         for place in self.vips_wanted.take(key, places) {
             self.lingering.remove(&place);
-            // In range by what `vip_place` is.
-            if self.vips.load(place) == 0 && self.vips.store(place, 1).is_ok() {
-                writes += 1;
-            }
+            writes += usize::from(self.vips.set_vip(place, true));
         }
         writes
     }
@@ -104,7 +101,7 @@ impl Vips {
         }
         if full {
             // Q2: of Services that went while no agent ran.
-            let left = (0..VIP_PLACES).filter(|place| self.vips.load(*place) != 0);
+            let left = (0..VIP_PLACES).filter(|place| self.vips.has_vip(*place));
             let left = left.filter(|place| !self.vips_wanted.has(place));
             let left: Vec<usize> = left.filter(|place| !self.lingering.contains_key(place)).collect();
             self.lingering.extend(left.into_iter().map(|place| (place, false)));
@@ -161,9 +158,7 @@ impl Vips {
         let unused: Vec<usize> = self.lingering.iter().filter_map(ripe).collect();
         for place in unused {
             self.lingering.remove(&place);
-            if self.vips.store(place, 0).is_ok() {
-                writes += 1;
-            }
+            writes += usize::from(self.vips.set_vip(place, false));
         }
         self.lingering.values_mut().for_each(|ripe| *ripe = true);
         writes

@@ -26,7 +26,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use aya::maps::{Array, Map, MapData};
-use proxy_common::abi::packet::{FLOW_PLACES, FRESH, VIP_PLACES, flow_place, vip_place};
+use proxy_common::abi::packet::{FLOW_PLACES, FRESH, VIP_BYTES, flow_place, vip_place};
 use proxy_common::abi::{BackendId, Flow, FlowKey, FrontendKey, Port, Protocol, ServiceId, SnatKey};
 use proxy_common::decide::Peer;
 
@@ -56,7 +56,7 @@ pub struct Foreign {
     conntrack: Conntrack,
     flows: Flows,
     several_vips: Array<MapData, u32>,
-    vips: Mapping<[u8; VIP_PLACES]>,
+    vips: Mapping<[u8; VIP_BYTES]>,
     flow_filter: Mapping<[u8; FLOW_PLACES]>,
     snat_ports: SnatPorts,
     /// Foreign flows without an entry in connection tracking the last time: their first packet may just be on its way
@@ -177,7 +177,7 @@ impl Foreign {
             }
         }
         self.suspects = suspects;
-        Ok(owned.iter().filter(|(_, vip)| self.vips.load(vip_place(&vip.0)) != 0).count())
+        Ok(owned.iter().filter(|(_, vip)| self.vips.has_vip(vip_place(&vip.0))).count())
     }
 
     /// M7: a source that netfilter gave away is not given away again, nor are its answers taken for ours.

@@ -10,7 +10,7 @@ use proxy_common::{
         Address, AffinityEntry, AffinityKey, Backend, DatagramFlow, DatagramKey, DatagramOrigin,
         Device as DeviceEntry, Flow, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, Lane,
         LaneKey, Outcome, PacketSettings, Port, ServiceId, Slot, SnatKey, SourceRange,
-        packet::{FRESH, flow_place, snat_place, vip_place},
+        packet::{FRESH, flow_place, snat_place, vip_bit, vip_place},
     },
     decide::{
         Tables,
@@ -190,9 +190,10 @@ impl PacketTables for Device {
 
     #[inline(always)]
     fn may_be_vip(&self, address: &Address) -> bool {
-        let Some(byte) = byte!(VIPS, vip_place(address)) else { return true };
+        let (at, bit) = vip_bit(vip_place(address));
+        let Some(byte) = byte!(VIPS, at) else { return true };
         // SAFETY: in bounds.
-        unsafe { *byte != 0 }
+        unsafe { *byte & bit != 0 }
     }
 
     #[inline(always)]
