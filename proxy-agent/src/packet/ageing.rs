@@ -16,7 +16,7 @@ use crate::kernel::mapping::Mapping;
 use crate::kernel::programs::open_pinned;
 use crate::kernel::{self, Pins};
 
-/// Places of a table of bytes, a bit each.
+/// Places of a filter, a bit each.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Places<const N: usize>(Vec<u64>);
 
