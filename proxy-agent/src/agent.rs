@@ -66,9 +66,6 @@ pub struct Agent {
     closer: Closer,
     /// Which tables `kernel` and `loaded` are of.
     generation: u32,
-    /// No former run left anything in use. How large the tables must be, the first lists tell: until then no program is
-    /// loaded, which would have to be loaded again.
-    cold: bool,
     settings: Settings,
     started: Instant,
     /// Services whose last programming failed.
@@ -90,7 +87,6 @@ impl Agent {
     /// If the kernel refuses something.
     pub fn start(config: Config, claim: Claim) -> Result<Self, kernel::Error> {
         let newest = config.pins.newest()?;
-        let cold = newest.is_none() && programs::links(&config.pins).is_empty();
         let generation = newest.unwrap_or(0);
         let tables = config.pins.tables(generation);
         let settings = Settings::of_this_host(
@@ -104,7 +100,9 @@ impl Agent {
             );
         }
         let mut loaded = Loaded::prepare(&config.pins, &tables, config.limits, settings)?;
-        if !cold {
+        // Where no former run left anything in use, the first lists tell how large the tables must be: on others, programs would
+        // have to be loaded again.
+        if newest.is_some() || !programs::links(&config.pins).is_empty() {
             loaded.load()?;
         }
         let kernel = Kernel::of(&tables, &config.pins)?;
@@ -129,7 +127,6 @@ impl Agent {
             packets,
             closer,
             generation,
-            cold,
             settings,
             started: Instant::now(),
             failed: BTreeMap::new(),
@@ -417,7 +414,7 @@ impl Agent {
         let pins = &self.config.pins;
         let tables = pins.begin(generation)?;
         let mut loaded = Loaded::prepare(pins, &tables, limits, self.settings)?;
-        if self.status.synced || !self.cold {
+        if self.loaded.is_loaded() {
             loaded.load()?;
         }
         let mut kernel = Kernel::of(&tables, pins)?;

@@ -214,6 +214,11 @@ impl Loaded {
         Ok(Self { ebpf, pins: pins.clone(), settings, has_sockets: false, has_packets: false })
     }
 
+    /// Whether any of them is in the kernel.
+    pub const fn is_loaded(&self) -> bool {
+        self.has_sockets || self.has_packets
+    }
+
     /// Loads what is not in the kernel yet.
     ///
     /// # Errors
