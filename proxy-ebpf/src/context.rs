@@ -161,7 +161,7 @@ pub(crate) fn origin(ctx: &SockAddrContext) -> Option<SocketOrigin> {
 
 /// Remembers what the socket dialled. Without memory for it, the peer is shown as it is.
 #[inline(always)]
-pub(crate) fn remember_origin(ctx: &SockAddrContext, mut origin: SocketOrigin) {
+pub(crate) fn remember_origin(ctx: &SockAddrContext, origin: SocketOrigin) {
     let cookie = cookie(ctx);
     let Some(place) = place(cookie) else { return };
     // SAFETY: in bounds, for ever.
@@ -173,8 +173,10 @@ pub(crate) fn remember_origin(ctx: &SockAddrContext, mut origin: SocketOrigin) {
     }
     // SAFETY: as above.
     unsafe { (*place).overflowed = 1 };
+    // A copy, so that only who comes here has one in memory.
+    let mut first = origin;
     // SAFETY: the context's socket is valid while the program runs.
-    let stored = unsafe { SOCKET_ORIGIN.get_or_insert_ptr_mut(ctx, Some(&mut origin)) };
+    let stored = unsafe { SOCKET_ORIGIN.get_or_insert_ptr_mut(ctx, Some(&mut first)) };
     if !stored.is_null() {
         // SAFETY: as above; the socket may have had an older origin, which the helper does not overwrite.
         unsafe { *stored = origin };

@@ -2,8 +2,6 @@
 //!
 //! Sizes are defaults; the agent overrides them at load time.
 
-use core::hint::black_box;
-
 use aya_ebpf::{
     Global,
     bindings::{BPF_ANY, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
@@ -15,14 +13,15 @@ use aya_ebpf::{
 use proxy_common::{
     abi::{
         Address, AffinityEntry, AffinityKey, Backend, DatagramFlow, DatagramKey, DatagramOrigin, Device,
-        Flow, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, FrontendLine, Lane, LaneKey,
-        Outcome, PacketSettings, Port, ServiceId, ServiceRecord, SetWord, Slot, SnatKey, SocketOrigin,
-        SocketPlace, SourceRange,
+        Flow, FlowKey, FragmentKey, FragmentPorts, Frontend, FrontendKey, FrontendLine, FrontendValue,
+        Glance, Lane, LaneKey, Outcome, PacketSettings, Port, ServiceId, ServiceRecord, SetWord, Slot,
+        SnatKey, SocketOrigin, SocketPlace, SourceRange,
         line::Header,
         packet::{FLOW_PLACES, PROGRAMS, SNAT_PLACES, VIP_BYTES},
         socket,
     },
     decide::{Tables, packet::Headers},
+    opaque,
 };
 
 /// 1 if the kernel has `bpf_ktime_get_coarse_ns` (5.11). The verifier prunes the branch otherwise.
@@ -198,6 +197,16 @@ fn frontend_at_home(key: &FrontendKey) -> (Frontend, bool) {
     unsafe { FrontendLine::at_home(key, &header, |place| FRONTENDS.get_ptr(place), record) }
 }
 
+/// [`Tables::glance`] at a key's home.
+#[inline(always)]
+fn glance_at_home(key: &FrontendKey) -> Glance {
+    let Some(first) = FRONTENDS.get_ptr(0) else { return Glance::Nothing };
+    // SAFETY: in bounds; the agent writes the header before the first frontend, and never again.
+    let header = unsafe { *first.cast::<Header>() };
+    // SAFETY: in bounds, for ever.
+    unsafe { FrontendLine::glance(key, &header, |place| FRONTENDS.get_ptr(place)) }
+}
+
 /// The rest of the search, a function that the verifier walks once instead of once for each way out of the loop. It
 /// takes numbers: before 5.12 such a function takes no pointers.
 #[unsafe(no_mangle)]
@@ -245,8 +254,13 @@ impl Tables for Maps {
             }
         }
         // What the compiler knows to be none, it gives no sets: the verifier refuses to read those.
-        found.value = black_box(found.value);
+        found.value = FrontendValue::from_bits(opaque(found.value.bits()));
         found
+    }
+
+    #[inline(always)]
+    fn glance(&self, key: &FrontendKey) -> Glance {
+        glance_at_home(key)
     }
 
     #[inline(always)]
@@ -254,7 +268,7 @@ impl Tables for Maps {
         let slot = SLOTS.get_ptr(index)?;
         // SAFETY: in bounds. The agent writes only where no set has pointed for a while; a slot's seal tells a reader that
         // comes so late.
-        Some(unsafe { *slot })
+        Some(unsafe { Slot::read(slot) })
     }
 
     #[inline(always)]

@@ -188,7 +188,7 @@ mod tests {
     use nix::sys::memfd::{MFdFlags, memfd_create};
     use nix::unistd::ftruncate;
     use proptest::prelude::*;
-    use proxy_common::abi::{AffinityWord, Frontend, FrontendKind, SetWord, WhenEmpty};
+    use proxy_common::abi::{AffinityWord, Frontend, FrontendKind, Glance, SetWord, WhenEmpty};
 
     const LIMIT: u32 = 128;
 
@@ -207,7 +207,8 @@ mod tests {
             cluster: set,
             local: set,
             draining: set,
-            affinity: AffinityWord::new(service, service),
+            // Even ones are plain.
+            affinity: AffinityWord::new(service % 2, service),
         }
     }
 
@@ -243,6 +244,12 @@ mod tests {
         unsafe { FrontendLine::read(lines.line(place).unwrap(), key, record) }
     }
 
+    /// As the programs do for a connection.
+    fn glance(lines: &Mapping<FrontendLine>, key: &FrontendKey) -> Glance {
+        // SAFETY: the mapping lives longer.
+        unsafe { FrontendLine::glance(key, &lines.header(), |place| lines.line(place)) }
+    }
+
     proptest! {
         /// Whatever was put and removed before, a program finds what is there and nothing else.
         #[test]
@@ -272,6 +279,11 @@ mod tests {
                 let service = model.get(&number).copied().unwrap_or(0);
                 let expected = if service == 0 { Frontend::NONE } else { Frontend::new(value(service), &record(service)) };
                 prop_assert_eq!(search(&lines, &key(number)), expected);
+                // A glance may say that more is to be seen.
+                let glance = glance(&lines, &key(number));
+                prop_assert!(glance == Glance::More || glance == Glance::of(&expected), "{:?}", glance);
+                let at_home = table.find(&key(number)) == Some(table.header.place(key(number).hash(seed), 0));
+                prop_assert!(!at_home || glance == Glance::of(&expected), "{:?}", glance);
             }
             let entries: BTreeMap<_, _> = table.entries().into_iter().collect();
             let expected = model.iter().map(|(number, service)| (key(*number), value(*service))).collect();
@@ -316,13 +328,22 @@ mod tests {
         let other = (2..10_000).find(|number| home(*number) == home(1)).unwrap();
         table.put(&key(20_000), value(1), &record(1)).unwrap();
         let over = &AtomicBool::new(false);
-        let seen = &AtomicU32::new(0);
+        let (seen, glanced) = (&AtomicU32::new(0), &AtomicU32::new(0));
         std::thread::scope(|scope| {
             let reader = scope.spawn(move || {
                 while !over.load(Ordering::Relaxed) {
                     let found = search(&lines, &key(20_000));
                     assert!(found.value.service() != 0, "missing");
                     assert_eq!(found, Frontend::new(found.value, &record(found.value.service())));
+                    assert_ne!(glance(&lines, &key(20_000)), Glance::Nothing, "missing");
+                    for number in [1, 20_000] {
+                        if let Glance::Plain(set) = glance(&lines, &key(number)) {
+                            assert_eq!((set.first() % 2, set.count() % 2), (0, 0), "{number}: {set:?}");
+                            glanced.fetch_add(1, Ordering::Relaxed);
+                        }
+                    }
+                    // Odd ones are not plain.
+                    assert!(!matches!(glance(&lines, &key(other)), Glance::Plain(_)));
                     for (number, parity) in [(1, 0), (other, 1)] {
                         let found = search(&lines, &key(number));
                         if !found.is_none() {
@@ -348,6 +369,6 @@ mod tests {
             over.store(true, Ordering::Relaxed);
             reader.join().unwrap();
         });
-        assert!(seen.load(Ordering::Relaxed) > 0);
+        assert!(seen.load(Ordering::Relaxed) > 0 && glanced.load(Ordering::Relaxed) > 0);
     }
 }

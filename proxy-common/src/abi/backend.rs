@@ -67,6 +67,31 @@ impl Slot {
         Self { id, address, port, zero: 0, seal: Self::seal_of(id, address, port) }
     }
 
+    /// Reads a slot that the agent may be writing, in as few loads as there can be.
+    ///
+    /// # Safety
+    /// `at` points to a `Slot` that stays readable during the call.
+    #[inline(always)]
+    pub unsafe fn read(at: *const Self) -> Self {
+        const { assert!(core::mem::offset_of!(Self, address) == 8 && cfg!(target_endian = "little")) };
+        let word = at.cast::<u64>();
+        // SAFETY: readable by contract, as is what follows; any bytes are a value.
+        let id = unsafe { word.read_volatile() };
+        // SAFETY: as above.
+        let upper = unsafe { word.wrapping_add(1).read_volatile() };
+        // SAFETY: as above.
+        let lower = unsafe { word.wrapping_add(2).read_volatile() };
+        // SAFETY: as above.
+        let rest = unsafe { word.wrapping_add(3).read_volatile() };
+        Self {
+            id: BackendId::from_bits(id),
+            address: Address::from_halves([upper, lower]),
+            port: Port::from_word(super::low(rest)),
+            zero: 0,
+            seal: super::low(rest >> 32),
+        }
+    }
+
     /// Where the backend is. `None`: the slot is being written. It belongs to no set then, or to one that was replaced so
     /// long ago that its slots are used again: read the set's word again.
     #[inline(always)]

@@ -209,6 +209,12 @@ impl FrontendValue {
         local_for == 0 || local_for == 0b111
     }
 
+    /// Whether everybody is let in and served from the cluster set.
+    #[inline(always)]
+    pub const fn is_plain(&self) -> bool {
+        self.0 & (SOURCE_RANGES | 0b111 << LOCAL_FOR) == 0
+    }
+
     /// Whether the client's address must be checked first (F1).
     #[inline(always)]
     pub const fn has_source_ranges(&self) -> bool {

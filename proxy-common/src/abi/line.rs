@@ -125,6 +125,34 @@ impl Frontend {
     }
 }
 
+/// What can be said of a frontend at once. To know no more than that takes few registers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Glance {
+    /// There is no such frontend.
+    Nothing,
+    /// All clients are let in, and each gets any backend of this set, which has some: so it is with most.
+    Plain(SetWord),
+    /// Something else.
+    More,
+}
+
+impl Glance {
+    /// All that is known, at a glance.
+    #[inline(always)]
+    pub const fn of(frontend: &Frontend) -> Self {
+        if frontend.is_none() {
+            Self::Nothing
+        } else if frontend.value.is_plain()
+            && frontend.affinity.timeout_s() == 0
+            && frontend.cluster.count() != 0
+        {
+            Self::Plain(frontend.cluster)
+        } else {
+            Self::More
+        }
+    }
+}
+
 impl FrontendKey {
     /// The key as the numbers that lie in memory, on a little-endian machine: address, and port with protocol.
     #[inline(always)]
@@ -161,6 +189,35 @@ impl FrontendLine {
         // SAFETY: readable by contract.
         let found = unsafe { Self::read(at, key, record) };
         (found, found.is_none() && load!(at, reach) != 0)
+    }
+
+    /// As [`Self::at_home`], of what can be said at once.
+    ///
+    /// # Safety
+    /// What `line` gives stays readable during the call.
+    #[inline(always)]
+    pub unsafe fn glance(
+        key: &FrontendKey,
+        header: &Header,
+        line: impl Fn(u32) -> Option<*const Self>,
+    ) -> Glance {
+        let Some(at) = line(header.place(key.hash(header.seed), 0)) else { return Glance::Nothing };
+        let bits = load!(at, value);
+        // SAFETY: readable by contract.
+        if !unsafe { Self::is_of(at, key) } {
+            return if load!(at, reach) == 0 { Glance::Nothing } else { Glance::More };
+        }
+        let (of, cluster, affinity) = (load!(at, copies_of), load!(at, cluster), load!(at, affinity));
+        let value = FrontendValue::from_bits(load!(at, value));
+        // As for [`Self::read`]: what is changing is for a closer look.
+        if value.bits() != bits || of != value.service() {
+            return Glance::More;
+        }
+        match Glance::of(&Frontend { value, cluster, local: SetWord::ABSENT, affinity }) {
+            // Its line stays when it goes.
+            Glance::Nothing => Glance::More,
+            glance @ (Glance::Plain(_) | Glance::More) => glance,
+        }
     }
 
     /// Looks for a key's line; 0 if there is none. `line` gives the line at a place, which the agent may be writing.

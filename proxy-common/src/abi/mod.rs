@@ -57,7 +57,7 @@ pub use datagram::{DatagramFlow, DatagramKey, DatagramOrigin};
 pub use flow::{Flow, FlowKey, FragmentKey, FragmentPorts, SnatKey};
 pub use frontend::{FrontendKey, FrontendKind, FrontendValue, Origin, Protocol};
 pub use lane::{Lane, LaneKey};
-pub use line::{Frontend, FrontendLine};
+pub use line::{Frontend, FrontendLine, Glance};
 pub use packet::{Device, PacketSettings, Prefix, SourceRange};
 pub use service::{AffinityWord, ServiceId, ServiceRecord, SetWord, WhenEmpty, WhichSet};
 pub use socket::{SocketOrigin, SocketPlace};

@@ -19,12 +19,11 @@ pub struct SocketOrigin {
     // of it is written.
     vip: [u64; 2],
     backend: [u64; 2],
-    vip_port: Port,
-    backend_port: Port,
-    zero: u32,
+    /// The VIP's in the lowest quarter, the backend's in the next.
+    ports: u64,
 }
 
-layout!(SocketOrigin, size = 48, fields = BackendId, [u64; 2], [u64; 2], Port, Port, u32);
+layout!(SocketOrigin, size = 48, fields = BackendId, [u64; 2], [u64; 2], u64);
 
 impl SocketOrigin {
     /// Remembers that `vip` was dialled and `backend` is the peer.
@@ -34,28 +33,26 @@ impl SocketOrigin {
             backend_id,
             vip: vip.0.halves(),
             backend: backend.0.halves(),
-            vip_port: vip.1,
-            backend_port: backend.1,
-            zero: 0,
+            ports: vip.1.raw() as u64 | (backend.1.raw() as u64) << 16,
         }
     }
 
     /// The VIP that was dialled.
     #[inline(always)]
     pub const fn vip(&self) -> (Address, Port) {
-        (Address::from_halves(self.vip), self.vip_port)
+        (Address::from_halves(self.vip), Port::from_word(super::low(self.ports)))
     }
 
     /// Where the connection went: [`Self::vip_of`] holds only while the peer still is this.
     #[inline(always)]
     pub const fn backend(&self) -> (Address, Port) {
-        (Address::from_halves(self.backend), self.backend_port)
+        (Address::from_halves(self.backend), Port::from_word(super::low(self.ports >> 16)))
     }
 
     /// The VIP, if `peer` is the backend that this socket was sent to.
     #[inline(always)]
     pub fn vip_of(&self, peer: (Address, Port)) -> Option<(Address, Port)> {
-        if self.backend == peer.0.halves() && self.backend_port == peer.1 { Some(self.vip()) } else { None }
+        if self.backend() == peer { Some(self.vip()) } else { None }
     }
 }
 
@@ -101,8 +98,7 @@ impl SocketPlace {
     #[inline(always)]
     const fn seal_of(cookie: u64, origin: &SocketOrigin) -> u32 {
         let [upper, lower] = origin.vip;
-        let ports = origin.vip_port.raw() as u32 | (origin.backend_port.raw() as u32) << 16;
-        super::seal(ports, upper ^ lower ^ cookie, origin.backend_id.bits())
+        super::seal(super::low(origin.ports), upper ^ lower ^ cookie, origin.backend_id.bits())
     }
 }
 

@@ -1,8 +1,6 @@
-use core::hint::black_box;
-
 use super::select::{self, NOBODY, is_somebody};
 use super::{Peer, Tables, affinity};
-use crate::abi::{BackendId, ClientKey, Frontend, FrontendKey, Origin, Protocol, WhenEmpty};
+use crate::abi::{BackendId, ClientKey, Frontend, FrontendKey, Glance, Origin, Protocol, WhenEmpty};
 
 /// Who connects.
 #[derive(Clone, Copy, Debug)]
@@ -39,9 +37,58 @@ pub enum Connect {
 /// good as certain; the bound is for the verifier.
 const TRIES: u32 = 3;
 
-/// Decides a new connection. Most are for no Service and pay for one look-up, no more.
-#[inline(always)]
+/// What can be said of a new connection at once.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum AtOnce {
+    /// For no Service.
+    Untouched,
+    /// Goes to this backend, as with [`Connect::Forward`].
+    Forward {
+        /// Which backend.
+        id: BackendId,
+        /// Its address and port.
+        to: Peer,
+    },
+    /// It takes [`connect_closely`].
+    Unknown,
+}
+
+/// Decides a new connection.
 pub fn connect(tables: &impl Tables, client: &impl Fn() -> Client, to: Peer, protocol: Protocol) -> Connect {
+    match connect_at_once(tables, to, protocol) {
+        AtOnce::Untouched => Connect::Untouched,
+        AtOnce::Forward { id, to } => Connect::Forward { id, to },
+        AtOnce::Unknown => connect_closely(tables, client, to, protocol),
+    }
+}
+
+/// Decides nearly all new connections: those for no Service, and those for a plain one. On its own, so that its few
+/// values stay in registers.
+#[inline(always)]
+pub fn connect_at_once(tables: &impl Tables, to: Peer, protocol: Protocol) -> AtOnce {
+    match tables.glance(&FrontendKey::new(to.0, to.1, protocol.number())) {
+        Glance::Nothing => AtOnce::Untouched,
+        Glance::Plain(set) => {
+            if let Some(slot) = select::slot(tables, set)
+                && let Some(to) = slot.peer()
+            {
+                AtOnce::Forward { id: slot.id, to }
+            } else {
+                AtOnce::Unknown
+            }
+        }
+        Glance::More => AtOnce::Unknown,
+    }
+}
+
+/// Decides the others.
+#[inline(always)]
+pub fn connect_closely(
+    tables: &impl Tables,
+    client: &impl Fn() -> Client,
+    to: Peer,
+    protocol: Protocol,
+) -> Connect {
     let key = FrontendKey::new(to.0, to.1, protocol.number());
     let frontend = tables.frontend(&key);
     if frontend.is_none() {
@@ -90,6 +137,12 @@ pub fn serve(
         frontend = tables.frontend(key);
     }
     let (id, to) = chosen;
-    let id = black_box(id);
+    let id = opaque(id);
     if id == BackendId::NONE { otherwise } else { Connect::Forward { id, to } }
+}
+
+/// The same id, of which the compiler knows nothing any more.
+#[inline(always)]
+fn opaque(id: BackendId) -> BackendId {
+    BackendId::from_bits(crate::opaque(id.bits()))
 }

@@ -10,19 +10,23 @@ pub mod packet;
 mod select;
 pub mod snat;
 
-pub use connect::{Client, Connect, connect, serve};
+pub use connect::{AtOnce, Client, Connect, connect, connect_at_once, connect_closely, serve};
 pub use datagram::{Sent, receive, send};
 pub use select::get;
 
 use crate::abi::{
     Address, AffinityEntry, AffinityKey, Backend, DatagramFlow, DatagramKey, DatagramOrigin, Frontend,
-    FrontendKey, Port, Slot,
+    FrontendKey, Glance, Port, Slot,
 };
 
 /// What the decision core reads and remembers. Two implementations: the kernel's maps, and memory.
 pub trait Tables {
     /// `FRONTENDS`, with the words of the service record, each read atomically; [`Frontend::NONE`] if it is not there.
     fn frontend(&self, key: &FrontendKey) -> Frontend;
+    /// What can be said of a frontend at once.
+    fn glance(&self, key: &FrontendKey) -> Glance {
+        Glance::of(&self.frontend(key))
+    }
     /// `SLOTS`.
     fn slot(&self, index: u32) -> Option<Slot>;
     /// `BACKENDS`.
