@@ -93,12 +93,12 @@ impl Frontends {
         self.copies.remove(&(self.value(place).service(), place));
         self.lines.store(place, LineWord::Value, 0);
         self.taken -= 1;
-        let hash = key.hash(self.header.seed);
+        let hash = self.header.hash(key);
         let home = self.header.place(hash, 0);
         let farthest = (0..=self.lines.reach(home)).rev().find(|step| {
             let place = self.header.place(hash, *step);
             self.value(place) != FrontendValue::NONE
-                && self.header.place(self.lines.key(place).hash(self.header.seed), 0) == home
+                && self.header.place(self.header.hash(&self.lines.key(place)), 0) == home
         });
         self.lines.store_reach(home, farthest.unwrap_or(0));
     }
@@ -141,7 +141,7 @@ impl Frontends {
         if self.taken >= self.limit() {
             return Err(full());
         }
-        let hash = key.hash(self.header.seed);
+        let hash = self.header.hash(key);
         let free = |step: &u32| self.value(self.header.place(hash, *step)) == FrontendValue::NONE;
         let step = (0..REACH).find(free).ok_or_else(full)?;
         let (home, place) = (self.header.place(hash, 0), self.header.place(hash, step));
@@ -282,16 +282,16 @@ mod tests {
                 // A glance may say that more is to be seen.
                 let glance = glance(&lines, &key(number));
                 prop_assert!(glance == Glance::More || glance == Glance::of(&expected), "{:?}", glance);
-                let at_home = table.find(&key(number)) == Some(table.header.place(key(number).hash(seed), 0));
+                let at_home = table.find(&key(number)) == Some(table.header.place(table.header.hash(&key(number)), 0));
                 prop_assert!(!at_home || glance == Glance::of(&expected), "{:?}", glance);
             }
             let entries: BTreeMap<_, _> = table.entries().into_iter().collect();
             let expected = model.iter().map(|(number, service)| (key(*number), value(*service))).collect();
             prop_assert_eq!(entries, expected);
             // The next agent finds the same.
-            let Frontends { lines, taken, copies, .. } = table;
+            let Frontends { lines, header, taken, copies } = table;
             let next = Frontends::of(lines, Some(Header::new(seed ^ 1, 1)));
-            prop_assert_eq!((next.header.seed, next.taken, next.copies), (seed, taken, copies));
+            prop_assert_eq!((next.header, next.taken, next.copies), (header, taken, copies));
         }
     }
 
@@ -324,7 +324,7 @@ mod tests {
     fn no_reader_sees_a_frontend_of_one_service_with_the_words_of_another() {
         // Two keys of one home share lines as they come and go.
         let (mut table, lines) = table(3);
-        let home = |number: u16| key(number).hash(3) & table.header.mask;
+        let home = |number: u16| table.header.hash(&key(number)) & table.header.mask;
         let other = (2..10_000).find(|number| home(*number) == home(1)).unwrap();
         table.put(&key(20_000), value(1), &record(1)).unwrap();
         let over = &AtomicBool::new(false);

@@ -135,14 +135,12 @@ impl Mapping<FrontendLine> {
         let word = |number: usize| {
             self.word(0, number * size_of::<u64>()).map_or(0, |word| word.load(Ordering::Acquire))
         };
-        // The upper half of its word is the header's zero.
-        let mask = u32::try_from(word(1)).unwrap_or(0);
-        Header::new(word(0), mask)
+        Header::from_words([0, 1, 2, 3].map(word))
     }
 
     /// Makes a new table one that programs search.
     pub fn set_header(&mut self, header: Header) {
-        for (number, word) in [(0, header.seed), (1, header.mask.into())] {
+        for (number, word) in header.words().into_iter().enumerate() {
             if let Ok(at) = self.word(0, number * size_of::<u64>()) {
                 at.store(word, Ordering::Release);
             }

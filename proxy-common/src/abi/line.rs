@@ -24,19 +24,53 @@ pub const REACH: u32 = 64;
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Header {
-    /// Of the hash. Random: who may choose frontends cannot choose those that share a home.
-    pub seed: u64,
+    /// Of the hash: odd, and random, so that who may choose frontends cannot choose those that share a home.
+    factors: [u64; 3],
     /// Number of lines, a power of two, less one. 0 until the agent has written the table's header.
     pub mask: u32,
     zero: u32,
 }
 
-layout!(Header, size = 16, fields = u64, u32, u32);
+layout!(Header, size = 32, fields = [u64; 3], u32, u32);
+
+/// Of the hash, and of the numbers that its factors come from: 2^64 by the golden ratio.
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
 impl Header {
-    /// Of a table of `mask + 1` lines.
+    /// Of a table of `mask + 1` lines. The factors are the numbers that splitmix64 draws from that seed.
     pub const fn new(seed: u64, mask: u32) -> Self {
-        Self { seed, mask, zero: 0 }
+        const fn draw(seed: u64, turn: u64) -> u64 {
+            let state = seed.wrapping_add(GOLDEN.wrapping_mul(turn));
+            let state = (state ^ state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            let state = (state ^ state >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+            (state ^ state >> 31) | 1
+        }
+        Self { factors: [draw(seed, 1), draw(seed, 2), draw(seed, 3)], mask, zero: 0 }
+    }
+
+    /// From the words that lie in the map.
+    pub const fn from_words([upper, lower, port, mask]: [u64; 4]) -> Self {
+        // The upper half of its word is zero.
+        Self { factors: [upper, lower, port], mask: super::low(mask), zero: 0 }
+    }
+
+    /// As they lie in the map.
+    pub const fn words(&self) -> [u64; 4] {
+        let [upper, lower, port] = self.factors;
+        [upper, lower, port, self.mask as u64]
+    }
+
+    /// Points to the home of a key, for [`Self::place`]. Each part has a random factor, so no two keys are likelier to meet
+    /// than others; those that lie side by side, as addresses of one range do, are scattered after that.
+    #[inline(always)]
+    pub const fn hash(&self, key: &FrontendKey) -> u32 {
+        let ([upper, lower], port) = key.numbers();
+        let [by_upper, by_lower, by_port] = self.factors;
+        let sum = upper
+            .wrapping_mul(by_upper)
+            .wrapping_add(lower.wrapping_mul(by_lower))
+            .wrapping_add((port as u64).wrapping_mul(by_port));
+        ((sum ^ sum >> 32).wrapping_mul(GOLDEN) >> 32) as u32
     }
 
     /// Place of the line that is `step` behind the key's home.
@@ -159,17 +193,6 @@ impl FrontendKey {
     const fn numbers(&self) -> ([u64; 2], u32) {
         (self.address().halves(), self.port().raw() as u32 | (self.protocol() as u32) << 16)
     }
-
-    /// Where its home is, for [`Header::place`]: the constants and the mixing are those of splitmix64.
-    #[inline(always)]
-    pub const fn hash(&self, seed: u64) -> u32 {
-        let ([upper, lower], port) = self.numbers();
-        let mut hash = seed ^ upper;
-        hash = (hash ^ hash >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9) ^ lower;
-        hash = (hash ^ hash >> 27).wrapping_mul(0x94d0_49bb_1331_11eb) ^ port as u64;
-        hash = (hash ^ hash >> 31).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        (hash >> 32) as u32
-    }
 }
 
 impl FrontendLine {
@@ -185,7 +208,7 @@ impl FrontendLine {
         line: impl Fn(u32) -> Option<*const Self>,
         record: impl Fn(ServiceId) -> ServiceRecord,
     ) -> (Frontend, bool) {
-        let Some(at) = line(header.place(key.hash(header.seed), 0)) else { return (Frontend::NONE, false) };
+        let Some(at) = line(header.place(header.hash(key), 0)) else { return (Frontend::NONE, false) };
         // SAFETY: readable by contract.
         let found = unsafe { Self::read(at, key, record) };
         (found, found.is_none() && load!(at, reach) != 0)
@@ -201,7 +224,7 @@ impl FrontendLine {
         header: &Header,
         line: impl Fn(u32) -> Option<*const Self>,
     ) -> Glance {
-        let Some(at) = line(header.place(key.hash(header.seed), 0)) else { return Glance::Nothing };
+        let Some(at) = line(header.place(header.hash(key), 0)) else { return Glance::Nothing };
         let bits = load!(at, value);
         // SAFETY: readable by contract.
         if !unsafe { Self::is_of(at, key) } {
@@ -226,7 +249,7 @@ impl FrontendLine {
     /// What `line` gives stays readable during the call.
     #[inline(always)]
     pub unsafe fn find(key: &FrontendKey, header: &Header, line: impl Fn(u32) -> Option<*const Self>) -> u32 {
-        let hash = key.hash(header.seed);
+        let hash = header.hash(key);
         let mut reach = 0;
         for step in 0..REACH {
             let place = header.place(hash, step);

@@ -64,4 +64,4 @@ pub use socket::{SocketOrigin, SocketPlace};
 
 /// Changes whenever any layout here, or the meaning of a field, changes. It is part of the pin directory's name, so an
 /// agent never adopts maps that it would misread.
-pub const LAYOUT_VERSION: u32 = 6;
+pub const LAYOUT_VERSION: u32 = 7;
