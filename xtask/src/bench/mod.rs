@@ -18,6 +18,7 @@ mod rivals;
 mod row;
 mod scale;
 mod stats;
+mod targets;
 mod tools;
 mod world;
 

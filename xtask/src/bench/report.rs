@@ -1,6 +1,7 @@
 //! What was found: on the terminal at once, and in `target/bench/` as raw values, a page and plots.
 
 use std::{
+    collections::BTreeSet,
     fmt::Write as _,
     fs,
     path::{Path, PathBuf},
@@ -18,6 +19,7 @@ use super::{
     machine, plot,
     row::{Comparison, Row},
     stats::{Estimate, slope},
+    targets::{self, Limit, Measure},
     versions,
 };
 use crate::shell::root;
@@ -53,6 +55,18 @@ impl Fact {
     pub(crate) fn bytes(id: &str, name: &str, services: u32, bytes: u64) -> Self {
         let text = format!("{:.1} MB", bytes as f64 / 1e6);
         Self { id: id.to_owned(), name: name.to_owned(), services, text, raw: vec![bytes] }
+    }
+
+    /// What it shall be, and whether it is.
+    fn targets(&self) -> impl Iterator<Item = (&'static Limit, bool)> {
+        let (p50, p99) = p50_p99(&self.raw);
+        targets::of(&self.id, &self.name, self.services).map(move |limit| {
+            let value = match limit.measure {
+                Measure::P50 => p50,
+                Measure::P99 => p99,
+            };
+            (limit, value <= limit.at_most)
+        })
     }
 }
 
@@ -254,9 +268,15 @@ impl Report {
                 );
             }
         }
-        let _ = writeln!(page, "\n## Sheave alone\n\n| figure | Services | value |\n|---|---|---|");
-        for Fact { id, name, services, text, .. } in &self.facts {
-            let _ = writeln!(page, "| {id} {name} | {services} | {text} |");
+        let _ =
+            writeln!(page, "\n## Sheave alone\n\n| figure | Services | value | target |\n|---|---|---|---|");
+        for fact in &self.facts {
+            let Fact { id, name, services, text, .. } = fact;
+            let told = |(limit, met): (&Limit, bool)| {
+                format!("{}: {}", limit.text, if met { "met" } else { "missed" })
+            };
+            let targets: Vec<_> = fact.targets().map(told).collect();
+            let _ = writeln!(page, "| {id} {name} | {services} | {text} | {} |", targets.join(", "));
         }
         if !self.growth.is_empty() {
             let _ = writeln!(page, "\n## Growth\n\n| p7 growth | ns a Service |\n|---|---|");
@@ -267,38 +287,54 @@ impl Report {
         page
     }
 
-    /// What is missed or dearer than a peer, with the reason that is known.
+    /// What is missed or dearer than a peer, with the reasons that are known.
     fn worse(&self) -> String {
-        let mut text = String::new();
+        let (mut text, mut ids) = (String::new(), BTreeSet::new());
+        // Writing to a string cannot fail.
         for row in self.rows.iter().filter(|row| !row.is_void()) {
+            let (id, metric, services) = (&*row.id, &row.name, row.services);
             let is_bad = |found: &&Comparison| {
                 found.verdict() == "missed" || found.to.starts_with("kube-proxy") && found.ratio.low > 1.0
             };
             for found in row.comparisons.iter().filter(is_bad) {
-                let (metric, services, arm, to) = (&row.name, row.services, &found.arm, &found.to);
+                let (arm, to) = (&found.arm, &found.to);
                 let target = found.at_most.map_or_else(String::new, |most| format!(", target {most:.3}"));
-                // Writing to a string cannot fail.
+                let ratio = found.ratio.median;
                 let _ = writeln!(
                     text,
-                    "- {} {metric}, {services} Services: {arm} costs {:.3} of {to}{target}",
-                    row.id, found.ratio.median
+                    "- {id} {metric}, {services} Services: {arm} costs {ratio:.3} of {to}{target}"
                 );
+                ids.insert(id);
+            }
+            let Some(arm) = row.arm(SHEAVE) else { continue };
+            for limit in targets::of(id, metric, services) {
+                let (value, unit, target) = (arm.value.median, &row.unit, limit.text);
+                if value > limit.at_most {
+                    let _ = writeln!(
+                        text,
+                        "- {id} {metric}, {services} Services: {value:.1} {unit}, target {target}"
+                    );
+                    ids.insert(id);
+                }
             }
         }
-        if text.is_empty() { "Nothing.\n".to_owned() } else { format!("{text}\n{WHY}") }
+        for fact in &self.facts {
+            let Fact { id, name, services, text: value, .. } = fact;
+            for (limit, _) in fact.targets().filter(|(_, met)| !met) {
+                let _ = writeln!(text, "- {id} {name}, {services} Services: {value}, target {}", limit.text);
+                ids.insert(&**id);
+            }
+        }
+        if text.is_empty() {
+            return "Nothing.\n".to_owned();
+        }
+        let _ = writeln!(text, "\nWhy:\n");
+        for (id, reason) in targets::REASONS.iter().filter(|(id, _)| ids.contains(id)) {
+            let _ = writeln!(text, "- {id}: {reason}");
+        }
+        text
     }
 }
-
-/// Why things of the list above are as they are.
-const WHY: &str = "\
-The ways through sockets pay twice: once at `connect` or `sendto`, and on every packet at the node's devices. Of the second part
-the larger part is the kernel's price of a hook, whatever is in it: `empty programs` pay it too, and p11 has what ours add to one
-that does nothing. `bystander`, who uses no Service, pays that part, and for being asked at `connect`. Over many Services each
-connect reads cache lines that have rested, two by Service and one without: what `two reads` pay more there than `empty
-programs`, of whose readings nobody waits for the last, while the kernel needs an endpoint's address to go on. Packets of new
-flows pay for an entry in a table of flows, with a replaced source for a second one. With connection tracking on the same packets
-pay for that as well; kube-proxy has it always. Tables of flows have all of their memory from the start.
-";
 
 const METHOD: &str = "\
 - Arms alternate in short slices, in reversed order each round; the first round is dropped. A round's value is the median of
