@@ -187,12 +187,18 @@ pub(crate) fn count(outcome: Outcome) {
     }
 }
 
+/// The header of [`FRONTENDS`].
+#[inline(always)]
+fn header() -> Option<Header> {
+    let first = FRONTENDS.get_ptr(0)?;
+    // SAFETY: in bounds; the agent writes the header before the first frontend, and never again.
+    Some(unsafe { *first.cast::<Header>() })
+}
+
 /// The search in [`FRONTENDS`] at a key's home. What is called has to return, which is dear where the kernel guards returns.
 #[inline(always)]
 fn frontend_at_home(key: &FrontendKey) -> (Frontend, bool) {
-    let Some(first) = FRONTENDS.get_ptr(0) else { return (Frontend::NONE, false) };
-    // SAFETY: in bounds; the agent writes the header before the first frontend, and never again.
-    let header = unsafe { *first.cast::<Header>() };
+    let Some(header) = header() else { return (Frontend::NONE, false) };
     // SAFETY: in bounds, for ever.
     unsafe { FrontendLine::at_home(key, &header, |place| FRONTENDS.get_ptr(place), record) }
 }
@@ -200,9 +206,7 @@ fn frontend_at_home(key: &FrontendKey) -> (Frontend, bool) {
 /// [`Tables::glance`] at a key's home.
 #[inline(always)]
 fn glance_at_home(key: &FrontendKey) -> Glance {
-    let Some(first) = FRONTENDS.get_ptr(0) else { return Glance::Nothing };
-    // SAFETY: in bounds; the agent writes the header before the first frontend, and never again.
-    let header = unsafe { *first.cast::<Header>() };
+    let Some(header) = header() else { return Glance::Nothing };
     // SAFETY: in bounds, for ever.
     unsafe { FrontendLine::glance(key, &header, |place| FRONTENDS.get_ptr(place)) }
 }
@@ -214,9 +218,7 @@ fn glance_at_home(key: &FrontendKey) -> Glance {
 pub extern "C" fn frontend_place(upper: u64, lower: u64, port: u32, protocol: u32) -> u32 {
     let address = Address::from_halves([upper, lower]);
     let key = FrontendKey::new(address, Port::from_raw(port as u16), protocol as u8);
-    let Some(first) = FRONTENDS.get_ptr(0) else { return 0 };
-    // SAFETY: in bounds; the agent writes the header before the first frontend, and never again.
-    let header = unsafe { *first.cast::<Header>() };
+    let Some(header) = header() else { return 0 };
     // SAFETY: in bounds, for ever.
     unsafe { FrontendLine::find(&key, &header, |place| FRONTENDS.get_ptr(place)) }
 }

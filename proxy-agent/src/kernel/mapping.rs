@@ -135,7 +135,7 @@ impl Mapping<FrontendLine> {
         let word = |number: usize| {
             self.word(0, number * size_of::<u64>()).map_or(0, |word| word.load(Ordering::Acquire))
         };
-        Header::from_words([0, 1, 2, 3].map(word))
+        Header::from_words([0, 1, 2, 3, 4, 5].map(word))
     }
 
     /// Makes a new table one that programs search.

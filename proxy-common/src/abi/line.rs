@@ -24,14 +24,14 @@ pub const REACH: u32 = 64;
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Header {
-    /// Of the hash: odd, and random, so that who may choose frontends cannot choose those that share a home.
-    factors: [u64; 3],
+    /// Of the hash, one for each word of a key: odd and random.
+    factors: [u64; 5],
     /// Number of lines, a power of two, less one. 0 until the agent has written the table's header.
     pub mask: u32,
     zero: u32,
 }
 
-layout!(Header, size = 32, fields = [u64; 3], u32, u32);
+layout!(Header, size = 48, fields = [u64; 5], u32, u32);
 
 /// Of the hash, and of the numbers that its factors come from: 2^64 by the golden ratio.
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
@@ -45,30 +45,34 @@ impl Header {
             let state = (state ^ state >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
             (state ^ state >> 31) | 1
         }
-        Self { factors: [draw(seed, 1), draw(seed, 2), draw(seed, 3)], mask, zero: 0 }
+        let factors = [draw(seed, 1), draw(seed, 2), draw(seed, 3), draw(seed, 4), draw(seed, 5)];
+        Self { factors, mask, zero: 0 }
     }
 
     /// From the words that lie in the map.
-    pub const fn from_words([upper, lower, port, mask]: [u64; 4]) -> Self {
+    pub const fn from_words([a, b, c, d, e, mask]: [u64; 6]) -> Self {
         // The upper half of its word is zero.
-        Self { factors: [upper, lower, port], mask: super::low(mask), zero: 0 }
+        Self { factors: [a, b, c, d, e], mask: super::low(mask), zero: 0 }
     }
 
-    /// As they lie in the map.
-    pub const fn words(&self) -> [u64; 4] {
-        let [upper, lower, port] = self.factors;
-        [upper, lower, port, self.mask as u64]
+    /// As they lie in the map. The mask is last: with it the header is there.
+    pub const fn words(&self) -> [u64; 6] {
+        let [a, b, c, d, e] = self.factors;
+        [a, b, c, d, e, self.mask as u64]
     }
 
-    /// Points to the home of a key, for [`Self::place`]. Each part has a random factor, so no two keys are likelier to meet
-    /// than others; those that lie side by side, as addresses of one range do, are scattered after that.
+    /// Points to the home of a key, for [`Self::place`]. The sum is that of multiply-shift: words of 32 bits, each by a
+    /// random factor of 64, so whoever may choose frontends cannot choose those that meet. What lies side by side, as
+    /// addresses of one range do, is scattered after that.
     #[inline(always)]
     pub const fn hash(&self, key: &FrontendKey) -> u32 {
-        let ([upper, lower], port) = key.numbers();
-        let [by_upper, by_lower, by_port] = self.factors;
-        let sum = upper
-            .wrapping_mul(by_upper)
-            .wrapping_add(lower.wrapping_mul(by_lower))
+        let ([a, b, c, d], (_, port)) = (key.address().words(), key.numbers());
+        let [by_a, by_b, by_c, by_d, by_port] = self.factors;
+        let sum = (a as u64)
+            .wrapping_mul(by_a)
+            .wrapping_add((b as u64).wrapping_mul(by_b))
+            .wrapping_add((c as u64).wrapping_mul(by_c))
+            .wrapping_add((d as u64).wrapping_mul(by_d))
             .wrapping_add((port as u64).wrapping_mul(by_port));
         ((sum ^ sum >> 32).wrapping_mul(GOLDEN) >> 32) as u32
     }
@@ -171,7 +175,7 @@ pub enum Glance {
 }
 
 impl Glance {
-    /// All that is known, at a glance.
+    /// What a glance tells of it; the local set is not looked at.
     #[inline(always)]
     pub const fn of(frontend: &Frontend) -> Self {
         if frontend.is_none() {
@@ -214,7 +218,8 @@ impl FrontendLine {
         (found, found.is_none() && load!(at, reach) != 0)
     }
 
-    /// As [`Self::at_home`], of what can be said at once.
+    /// As [`Self::at_home`], of what can be said at once. [`Glance::Nothing`]: at some moment of the call there was none;
+    /// [`Glance::More`] may always be.
     ///
     /// # Safety
     /// What `line` gives stays readable during the call.
@@ -237,7 +242,7 @@ impl FrontendLine {
             return Glance::More;
         }
         match Glance::of(&Frontend { value, cluster, local: SetWord::ABSENT, affinity }) {
-            // Its line stays when it goes.
+            // The key stays in a line whose frontend has gone, and may have been put elsewhere.
             Glance::Nothing => Glance::More,
             glance @ (Glance::Plain(_) | Glance::More) => glance,
         }
@@ -316,5 +321,31 @@ impl FrontendLine {
             return Frontend::NONE;
         }
         Frontend::new(value, &record(value.service()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::abi::{Address, Port};
+
+    /// Whoever may choose frontends does not know the factors: no two keys meet in all tables, nor in many. Here they
+    /// differ in the highest bits of words and of halves, where products are weakest.
+    #[test]
+    fn no_keys_meet_whatever_the_factors() {
+        const HIGH: u32 = 1 << 31;
+        let key = |words| FrontendKey::new(Address::from_words(words), Port::new(443), 6);
+        let all: [_; 16] =
+            core::array::from_fn(|bits| key([0, 1, 2, 3].map(|word| HIGH * (bits as u32 >> word & 1))));
+        for (number, one) in all.iter().enumerate() {
+            for other in &all[..number] {
+                let meet = |seed: &u64| {
+                    let header = Header::new(*seed, 1023);
+                    header.place(header.hash(one), 0) == header.place(header.hash(other), 0)
+                };
+                let meetings = (0..1024).filter(meet).count();
+                assert!(meetings < 12, "{one:?} and {other:?} meet in {meetings} of 1024 tables");
+            }
+        }
     }
 }

@@ -1,6 +1,7 @@
 use super::select::{self, NOBODY, is_somebody};
 use super::{Peer, Tables, affinity};
 use crate::abi::{BackendId, ClientKey, Frontend, FrontendKey, Glance, Origin, Protocol, WhenEmpty};
+use crate::opaque;
 
 /// Who connects.
 #[derive(Clone, Copy, Debug)]
@@ -34,7 +35,7 @@ pub enum Connect {
 }
 
 /// A set is replaced in nanoseconds and its slots rest long before they are used again, so the second reading is as
-/// good as certain; the bound is for the verifier.
+/// good as certain; the bound is for the verifier. Connections have had one more, at a glance.
 const TRIES: u32 = 3;
 
 /// What can be said of a new connection at once.
@@ -53,7 +54,7 @@ pub enum AtOnce {
     Unknown,
 }
 
-/// Decides a new connection.
+/// Decides a new connection, as the hook does, which takes the two steps itself.
 pub fn connect(tables: &impl Tables, client: &impl Fn() -> Client, to: Peer, protocol: Protocol) -> Connect {
     match connect_at_once(tables, to, protocol) {
         AtOnce::Untouched => Connect::Untouched,
@@ -62,8 +63,8 @@ pub fn connect(tables: &impl Tables, client: &impl Fn() -> Client, to: Peer, pro
     }
 }
 
-/// Decides nearly all new connections: those for no Service, and those for a plain one. On its own, so that its few
-/// values stay in registers.
+/// Decides most new connections: those for no Service, and those for a plain one whose key lies at home. On its own, so
+/// that its few values stay in registers.
 #[inline(always)]
 pub fn connect_at_once(tables: &impl Tables, to: Peer, protocol: Protocol) -> AtOnce {
     match tables.glance(&FrontendKey::new(to.0, to.1, protocol.number())) {
@@ -71,6 +72,7 @@ pub fn connect_at_once(tables: &impl Tables, to: Peer, protocol: Protocol) -> At
         Glance::Plain(set) => {
             if let Some(slot) = select::slot(tables, set)
                 && let Some(to) = slot.peer()
+                && slot.id != BackendId::NONE
             {
                 AtOnce::Forward { id: slot.id, to }
             } else {
@@ -81,7 +83,7 @@ pub fn connect_at_once(tables: &impl Tables, to: Peer, protocol: Protocol) -> At
     }
 }
 
-/// Decides the others.
+/// Decides any connection, with a look-up of its own.
 #[inline(always)]
 pub fn connect_closely(
     tables: &impl Tables,
@@ -137,12 +139,7 @@ pub fn serve(
         frontend = tables.frontend(key);
     }
     let (id, to) = chosen;
-    let id = opaque(id);
+    // Of which the compiler knows nothing.
+    let id = BackendId::from_bits(opaque(id.bits()));
     if id == BackendId::NONE { otherwise } else { Connect::Forward { id, to } }
-}
-
-/// The same id, of which the compiler knows nothing any more.
-#[inline(always)]
-fn opaque(id: BackendId) -> BackendId {
-    BackendId::from_bits(crate::opaque(id.bits()))
 }

@@ -328,9 +328,9 @@ impl Report {
         if text.is_empty() {
             return "Nothing.\n".to_owned();
         }
-        let _ = writeln!(text, "\nWhy:\n");
-        for (id, reason) in targets::REASONS.iter().filter(|(id, _)| ids.contains(id)) {
-            let _ = writeln!(text, "- {id}: {reason}");
+        let known = targets::REASONS.iter().filter(|(id, _)| ids.contains(id));
+        for (number, (id, reason)) in known.enumerate() {
+            let _ = writeln!(text, "{}- {id}: {reason}", if number == 0 { "\nWhy:\n\n" } else { "" });
         }
         text
     }
@@ -349,7 +349,7 @@ const METHOD: &str = "\
   void. `bystander` dials endpoints from inside the agent's cgroup. `empty programs` is a world without a proxy where programs
   that do nothing are at a cgroup's `connect` and at both hooks of each device: nobody who has such hooks can be cheaper. `two
   reads` is the same, but at `connect` a line of a table with one for each Service is read, at random, and one of another such
-  table that the first one tells: nobody who looks up a Service and one of its endpoints can do with less.
+  table that the first one tells: about the least for who looks up a Service and one of its endpoints.
 - Connects and CRR: client on CPU 1, server on CPU 0, a SCHED_IDLE spinner on each; RR, stream and datagrams: both on CPU 0.
 - p6 is what passes between SYN and SYN-ACK by the kernel's clock at the client's device, without `connect` itself. p10 dials
   from outside the cluster: by NodePort, and for `direct` by a route to the endpoints through the node; servers say which

@@ -13,7 +13,7 @@ pub(crate) enum Measure {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limit {
     id: &'static str,
-    /// What the figure's name begins or ends with.
+    /// What the figure's name ends with.
     name: &'static str,
     /// Which number.
     pub(crate) measure: Measure,
@@ -29,7 +29,7 @@ const LIMITS: [Limit; 12] = [
     limit("a1", "cold start: exec to every Service answering", Measure::P50, 400e6, "400 ms"),
     limit("a2", "one endpoint change: rename to visible", Measure::P50, 200e3, "p50 200 us"),
     limit("a2", "one endpoint change: rename to visible", Measure::P99, 1e6, "p99 1 ms"),
-    limit("a3", "CPU time, with commands", Measure::P50, 400.0, "4 % of a CPU"),
+    limit("a3", "CPU time, with commands", Measure::P50, 400.0, "400 CPU-ms (4 % of a CPU)"),
     limit("a4", "agent: RSS", Measure::P50, 40e6, "40 MB"),
     limit("a5", "kernel memory of our maps", Measure::P50, 4e6, "4 MB"),
     limit("a6", "restart: failed", Measure::P50, 0.0, "0"),
@@ -50,33 +50,30 @@ const fn limit(
     Limit { id, name, measure, at_most, text }
 }
 
-/// What a figure shall be.
+/// The limits of a figure.
 pub(crate) fn of(id: &str, name: &str, services: u32) -> impl Iterator<Item = &'static Limit> {
-    LIMITS.iter().filter(move |limit| {
-        limit.id == id && (name.ends_with(limit.name) || name == limit.name) && services <= SERVICES
-    })
+    LIMITS.iter().filter(move |limit| limit.id == id && name.ends_with(limit.name) && services <= SERVICES)
 }
 
 /// Why targets of a metric are missed, or a peer is cheaper: what was found by measuring. By metric.
 pub(crate) const REASONS: [(&str, &str); 13] = [
     (
         "p1",
-        "A connect asks once whether its address is a Service's. Over one Service that, choosing an endpoint and noting what \
-         was dialled is our own work. Over many, the lines that it reads have rested: what `two reads` pay more there than \
-         with one Service, nobody who looks up a Service and one of its endpoints can do without. TCP pays for its packets \
-         besides (p2).",
+        "A connect asks whether its address is a Service's. Over one Service that, choosing an endpoint and noting what was \
+         dialled is our own work. Over many, the lines that it reads have rested: about what `two reads` pay more there than \
+         with one Service. TCP pays for its packets besides (p2).",
     ),
     (
         "p2",
         "As p1, and each packet pays for the programs at the node's devices: `empty programs` pay the kernel's price of \
          that, whatever is in them, and p11 has what ours add.",
     ),
-    ("p3", "Only packets, no connect: what `bystander` and `empty programs` pay too."),
+    ("p3", "Only packets, no connect: what `bystander` pays too, and for a part `empty programs`."),
     ("p4", "As p3."),
     (
         "p5",
-        "A datagram asks for its Service and its flow when it is sent, and for both ways of the flow when its answer is \
-         received, beside what p3 pays.",
+        "A datagram asks for its Service, its flow, its backend and the way back when it is sent, and for both ways of the \
+         flow when its answer is received, beside what p3 pays.",
     ),
     (
         "p8",
@@ -98,12 +95,13 @@ pub(crate) const REASONS: [(&str, &str); 13] = [
     ("a4", "A third is files, mostly the binary, and what the kernel maps into the process of our tables."),
     (
         "a5",
-        "Tables of connections have all of their memory from the start, so that a packet never waits for any; those of \
-         Services are cache lines at most half of which are taken.",
+        "Tables of connections have all of their memory from the start, so that a packet never waits for any; that of \
+         frontends has cache lines at most half of which are taken.",
     ),
+    ("a6", "A start as in a1, beside clients that connect as fast as both CPUs let them."),
     (
-        "a6",
-        "A start as in a1, beside clients that connect as fast as both CPUs let them; connections do not wait for it.",
+        "a9",
+        "CPU time is told in hundredths of a second, of which both have few. How soon a change is live depends on when each \
+         asks the API server again.",
     ),
-    ("a9", "CPU time is told in hundredths of a second, and both have few of them."),
 ];
