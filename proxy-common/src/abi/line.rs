@@ -335,8 +335,10 @@ mod tests {
     fn no_keys_meet_whatever_the_factors() {
         const HIGH: u32 = 1 << 31;
         let key = |words| FrontendKey::new(Address::from_words(words), Port::new(443), 6);
-        let all: [_; 16] =
-            core::array::from_fn(|bits| key([0, 1, 2, 3].map(|word| HIGH * (bits as u32 >> word & 1))));
+        let mut all = [key([0; 4]); 16];
+        for (bits, one) in (0_u32..).zip(&mut all) {
+            *one = key([0, 1, 2, 3].map(|word| HIGH * (bits >> word & 1)));
+        }
         for (number, one) in all.iter().enumerate() {
             for other in &all[..number] {
                 let meet = |seed: &u64| {
