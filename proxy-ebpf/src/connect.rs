@@ -1,7 +1,7 @@
 use aya_ebpf::{helpers::bpf_set_retval, programs::SockAddrContext};
 use proxy_common::{
-    abi::{BackendId, Outcome, Protocol, SocketOrigin},
-    decide::{self, AtOnce, Connect, Peer},
+    abi::{Outcome, Protocol, SocketOrigin},
+    decide::{self, Connect, Peer},
 };
 
 use crate::{
@@ -23,17 +23,24 @@ pub(crate) fn run<F: Family>(ctx: &SockAddrContext) -> i32 {
     };
     let vip = peer::<F>(ctx);
     match decide::connect_at_once(&Maps, vip, protocol) {
-        AtOnce::Untouched => leave(ctx, Outcome::ConnectUntouched),
-        AtOnce::Forward { id, to } => forward::<F>(ctx, vip, id, to),
-        AtOnce::Unknown => closely::<F>(ctx, vip, protocol),
+        Some(decision) => apply::<F>(ctx, vip, protocol, decision),
+        None => {
+            let decision = decide::connect_closely(&Maps, &|| client(ctx), vip, protocol);
+            apply::<F>(ctx, vip, protocol, decision)
+        }
     }
 }
 
 #[inline(always)]
-fn closely<F: Family>(ctx: &SockAddrContext, vip: Peer, protocol: Protocol) -> i32 {
-    match decide::connect_closely(&Maps, &|| client(ctx), vip, protocol) {
+fn apply<F: Family>(ctx: &SockAddrContext, vip: Peer, protocol: Protocol, decision: Connect) -> i32 {
+    match decision {
         Connect::Untouched => leave(ctx, Outcome::ConnectUntouched),
-        Connect::Forward { id, to } => forward::<F>(ctx, vip, id, to),
+        Connect::Forward { id, to } => {
+            set_peer::<F>(ctx, to);
+            remember_origin(ctx, SocketOrigin::new(vip, id, to));
+            count(Outcome::ConnectForwarded);
+            ALLOW
+        }
         // connect() of a UDP socket sends nothing and succeeds; the refusal is the packet path's to send (B13).
         Connect::Reject => match protocol {
             Protocol::Tcp if can_set_error() => {
@@ -48,14 +55,6 @@ fn closely<F: Family>(ctx: &SockAddrContext, vip: Peer, protocol: Protocol) -> i
         Connect::SourceRanges => leave(ctx, Outcome::ConnectSourceRangesLeft),
         Connect::Contended => leave(ctx, Outcome::Contended),
     }
-}
-
-#[inline(always)]
-fn forward<F: Family>(ctx: &SockAddrContext, vip: Peer, id: BackendId, to: Peer) -> i32 {
-    set_peer::<F>(ctx, to);
-    remember_origin(ctx, SocketOrigin::new(vip, id, to));
-    count(Outcome::ConnectForwarded);
-    ALLOW
 }
 
 /// The address stays as dialled. The socket may have been connected through a VIP before.

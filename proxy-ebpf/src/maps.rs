@@ -203,14 +203,6 @@ fn frontend_at_home(key: &FrontendKey) -> (Frontend, bool) {
     unsafe { FrontendLine::at_home(key, &header, |place| FRONTENDS.get_ptr(place), record) }
 }
 
-/// [`Tables::glance`] at a key's home.
-#[inline(always)]
-fn glance_at_home(key: &FrontendKey) -> Glance {
-    let Some(header) = header() else { return Glance::Nothing };
-    // SAFETY: in bounds, for ever.
-    unsafe { FrontendLine::glance(key, &header, |place| FRONTENDS.get_ptr(place)) }
-}
-
 /// The rest of the search, a function that the verifier walks once instead of once for each way out of the loop. It
 /// takes numbers: before 5.12 such a function takes no pointers.
 #[unsafe(no_mangle)]
@@ -262,7 +254,9 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn glance(&self, key: &FrontendKey) -> Glance {
-        glance_at_home(key)
+        let Some(header) = header() else { return Glance::Nothing };
+        // SAFETY: in bounds, for ever.
+        unsafe { FrontendLine::glance(key, &header, |place| FRONTENDS.get_ptr(place)) }
     }
 
     #[inline(always)]

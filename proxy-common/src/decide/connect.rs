@@ -38,48 +38,22 @@ pub enum Connect {
 /// good as certain; the bound is for the verifier. Connections have had one more, at a glance.
 const TRIES: u32 = 3;
 
-/// What can be said of a new connection at once.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum AtOnce {
-    /// For no Service.
-    Untouched,
-    /// Goes to this backend, as with [`Connect::Forward`].
-    Forward {
-        /// Which backend.
-        id: BackendId,
-        /// Its address and port.
-        to: Peer,
-    },
-    /// It takes [`connect_closely`].
-    Unknown,
-}
-
 /// Decides a new connection, as the hook does, which takes the two steps itself.
 pub fn connect(tables: &impl Tables, client: &impl Fn() -> Client, to: Peer, protocol: Protocol) -> Connect {
-    match connect_at_once(tables, to, protocol) {
-        AtOnce::Untouched => Connect::Untouched,
-        AtOnce::Forward { id, to } => Connect::Forward { id, to },
-        AtOnce::Unknown => connect_closely(tables, client, to, protocol),
-    }
+    connect_at_once(tables, to, protocol).unwrap_or_else(|| connect_closely(tables, client, to, protocol))
 }
 
 /// Decides most new connections: those for no Service, and those for a plain one whose key lies at home. On its own, so
-/// that its few values stay in registers.
+/// that its few values stay in registers. `None`: it takes [`connect_closely`].
 #[inline(always)]
-pub fn connect_at_once(tables: &impl Tables, to: Peer, protocol: Protocol) -> AtOnce {
+pub fn connect_at_once(tables: &impl Tables, to: Peer, protocol: Protocol) -> Option<Connect> {
     match tables.glance(&FrontendKey::new(to.0, to.1, protocol.number())) {
-        Glance::Nothing => AtOnce::Untouched,
+        Glance::Nothing => Some(Connect::Untouched),
         Glance::Plain(set) => {
-            if let Some(slot) = select::slot(tables, set)
-                && let Some(to) = slot.peer()
-                && slot.id != BackendId::NONE
-            {
-                AtOnce::Forward { id: slot.id, to }
-            } else {
-                AtOnce::Unknown
-            }
+            let chosen = select::pick(tables, set);
+            is_somebody(&chosen).then_some(Connect::Forward { id: chosen.0, to: chosen.1 })
         }
-        Glance::More => AtOnce::Unknown,
+        Glance::More => None,
     }
 }
 

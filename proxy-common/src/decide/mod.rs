@@ -10,7 +10,7 @@ pub mod packet;
 mod select;
 pub mod snat;
 
-pub use connect::{AtOnce, Client, Connect, connect, connect_at_once, connect_closely, serve};
+pub use connect::{Client, Connect, connect, connect_at_once, connect_closely, serve};
 pub use datagram::{Sent, receive, send};
 pub use select::get;
 

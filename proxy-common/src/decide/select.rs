@@ -1,5 +1,5 @@
 use super::{Peer, Tables};
-use crate::abi::{Address, Backend, BackendId, Port, SetWord, Slot};
+use crate::abi::{Address, Backend, BackendId, Port, SetWord};
 
 /// The backend that an id names, if that tenant is still there.
 #[inline(always)]
@@ -25,17 +25,11 @@ pub(super) fn is_somebody(choice: &Choice) -> bool {
 /// are going to another: read the set's word again.
 #[inline(always)]
 pub(super) fn pick(tables: &impl Tables, set: SetWord) -> Choice {
-    let Some(slot) = slot(tables, set) else { return NOBODY };
+    // Multiply and shift: without the modulo's bias for small sets, and without a division.
+    let offset = (tables.random() as u64 * set.count() as u64) >> 32;
+    let Some(slot) = tables.slot(set.first().wrapping_add(offset as u32)) else { return NOBODY };
     match slot.peer() {
         Some(peer) => (slot.id, peer),
         None => NOBODY,
     }
-}
-
-/// One slot of a non-empty set.
-#[inline(always)]
-pub(super) fn slot(tables: &impl Tables, set: SetWord) -> Option<Slot> {
-    // Multiply and shift: without the modulo's bias for small sets, and without a division.
-    let offset = (tables.random() as u64 * set.count() as u64) >> 32;
-    tables.slot(set.first().wrapping_add(offset as u32))
 }
