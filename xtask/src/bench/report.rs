@@ -1,7 +1,6 @@
 //! What was found: on the terminal at once, and in `target/bench/` as raw values, a page and plots.
 
 use std::{
-    collections::BTreeSet,
     fmt::Write as _,
     fs,
     path::{Path, PathBuf},
@@ -19,7 +18,7 @@ use super::{
     machine, plot,
     row::{Comparison, Row},
     stats::{Estimate, slope},
-    targets::{self, Limit, Measure},
+    targets::{self, Limit},
     versions,
 };
 use crate::shell::root;
@@ -60,13 +59,7 @@ impl Fact {
     /// What it shall be, and whether it is.
     fn targets(&self) -> impl Iterator<Item = (&'static Limit, bool)> {
         let (p50, p99) = p50_p99(&self.raw);
-        targets::of(&self.id, &self.name, self.services).map(move |limit| {
-            let value = match limit.measure {
-                Measure::P50 => p50,
-                Measure::P99 => p99,
-            };
-            (limit, value <= limit.at_most)
-        })
+        targets::of(&self.id, &self.name, self.services, p50, p99)
     }
 }
 
@@ -249,15 +242,17 @@ impl Report {
         }
         let _ = writeln!(
             page,
-            "\n## All arms\n\n| metric | Services | arm | value | p99 | ratio to the first (95 %) |"
+            "\n## All arms\n\n| metric | Services | arm | value | p99 | ratio to the first (95 %) | target |"
         );
-        let _ = writeln!(page, "|---|---|---|---|---|---|");
+        let _ = writeln!(page, "|---|---|---|---|---|---|---|");
         for row in &self.rows {
             for arm in &row.arms {
                 let p99 = arm.p99.map_or_else(String::new, |ns| format!("{ns:.0}"));
+                let target =
+                    if arm.name == SHEAVE { targets::verdicts(targets_of(row)) } else { String::new() };
                 let _ = writeln!(
                     page,
-                    "| {} {} | {} | {} | {:.1} {} | {p99} | {} |",
+                    "| {} {} | {} | {} | {:.1} {} | {p99} | {} | {target} |",
                     row.id,
                     row.name,
                     row.services,
@@ -272,11 +267,8 @@ impl Report {
             writeln!(page, "\n## Sheave alone\n\n| figure | Services | value | target |\n|---|---|---|---|");
         for fact in &self.facts {
             let Fact { id, name, services, text, .. } = fact;
-            let told = |(limit, met): (&Limit, bool)| {
-                format!("{}: {}", limit.text, if met { "met" } else { "missed" })
-            };
-            let targets: Vec<_> = fact.targets().map(told).collect();
-            let _ = writeln!(page, "| {id} {name} | {services} | {text} | {} |", targets.join(", "));
+            let targets = targets::verdicts(fact.targets());
+            let _ = writeln!(page, "| {id} {name} | {services} | {text} | {targets} |");
         }
         if !self.growth.is_empty() {
             let _ = writeln!(page, "\n## Growth\n\n| p7 growth | ns a Service |\n|---|---|");
@@ -289,51 +281,50 @@ impl Report {
 
     /// What is missed or dearer than a peer, with the reasons that are known.
     fn worse(&self) -> String {
-        let (mut text, mut ids) = (String::new(), BTreeSet::new());
-        // Writing to a string cannot fail.
+        let mut found = Vec::new();
         for row in self.rows.iter().filter(|row| !row.is_void()) {
-            let (id, metric, services) = (&*row.id, &row.name, row.services);
+            let mut add = |what: String| found.push((&row.id, &row.name, row.services, what));
             let is_bad = |found: &&Comparison| {
                 found.verdict() == "missed" || found.to.starts_with("kube-proxy") && found.ratio.low > 1.0
             };
-            for found in row.comparisons.iter().filter(is_bad) {
-                let (arm, to) = (&found.arm, &found.to);
-                let target = found.at_most.map_or_else(String::new, |most| format!(", target {most:.3}"));
-                let ratio = found.ratio.median;
-                let _ = writeln!(
-                    text,
-                    "- {id} {metric}, {services} Services: {arm} costs {ratio:.3} of {to}{target}"
-                );
-                ids.insert(id);
+            for Comparison { arm, to, ratio, at_most } in row.comparisons.iter().filter(is_bad) {
+                let target = at_most.map_or_else(String::new, |most| format!(", target {most:.3}"));
+                add(format!("{arm} costs {:.3} of {to}{target}", ratio.median));
             }
-            let Some(arm) = row.arm(SHEAVE) else { continue };
-            for limit in targets::of(id, metric, services) {
-                let (value, unit, target) = (arm.value.median, &row.unit, limit.text);
-                if value > limit.at_most {
-                    let _ = writeln!(
-                        text,
-                        "- {id} {metric}, {services} Services: {value:.1} {unit}, target {target}"
-                    );
-                    ids.insert(id);
-                }
+            for (limit, _) in targets_of(row).filter(|(_, met)| !met) {
+                let value = row.arm(SHEAVE).map_or(0.0, |arm| arm.value.median);
+                add(format!("{value:.1} {}, target {}", row.unit, limit.text));
             }
         }
         for fact in &self.facts {
-            let Fact { id, name, services, text: value, .. } = fact;
             for (limit, _) in fact.targets().filter(|(_, met)| !met) {
-                let _ = writeln!(text, "- {id} {name}, {services} Services: {value}, target {}", limit.text);
-                ids.insert(&**id);
+                let what = format!("{}, target {}", fact.text, limit.text);
+                found.push((&fact.id, &fact.name, fact.services, what));
             }
         }
-        if text.is_empty() {
+        if found.is_empty() {
             return "Nothing.\n".to_owned();
         }
-        let known = targets::REASONS.iter().filter(|(id, _)| ids.contains(id));
+        let mut text = String::new();
+        // Writing to a string cannot fail.
+        for (id, name, services, what) in &found {
+            let _ = writeln!(text, "- {id} {name}, {services} Services: {what}");
+        }
+        let known = targets::REASONS.iter().filter(|(id, _)| found.iter().any(|(of, ..)| of == id));
         for (number, (id, reason)) in known.enumerate() {
             let _ = writeln!(text, "{}- {id}: {reason}", if number == 0 { "\nWhy:\n\n" } else { "" });
         }
         text
     }
+}
+
+/// The limits of what Sheave costs in a row.
+fn targets_of(row: &Row) -> impl Iterator<Item = (&'static Limit, bool)> {
+    let arm = row.arm(SHEAVE);
+    arm.into_iter().flat_map(|arm| {
+        let p50 = arm.value.median;
+        targets::of(&row.id, &row.name, row.services, p50, arm.p99.unwrap_or(p50))
+    })
 }
 
 const METHOD: &str = "\

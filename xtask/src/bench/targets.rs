@@ -2,7 +2,7 @@
 
 /// Which number of a figure.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Measure {
+enum Measure {
     /// The median of its values.
     P50,
     /// Their 99th percentile.
@@ -15,10 +15,9 @@ pub(crate) struct Limit {
     id: &'static str,
     /// What the figure's name ends with.
     name: &'static str,
-    /// Which number.
-    pub(crate) measure: Measure,
+    measure: Measure,
     /// In the figure's unit.
-    pub(crate) at_most: f64,
+    at_most: f64,
     /// For people.
     pub(crate) text: &'static str,
 }
@@ -50,9 +49,32 @@ const fn limit(
     Limit { id, name, measure, at_most, text }
 }
 
-/// The limits of a figure.
-pub(crate) fn of(id: &str, name: &str, services: u32) -> impl Iterator<Item = &'static Limit> {
-    LIMITS.iter().filter(move |limit| limit.id == id && name.ends_with(limit.name) && services <= SERVICES)
+/// The limits of a figure, and whether its values keep to them.
+pub(crate) fn of(
+    id: &str,
+    name: &str,
+    services: u32,
+    p50: f64,
+    p99: f64,
+) -> impl Iterator<Item = (&'static Limit, bool)> {
+    let limits = LIMITS
+        .iter()
+        .filter(move |limit| limit.id == id && name.ends_with(limit.name) && services <= SERVICES);
+    limits.map(move |limit| {
+        let value = match limit.measure {
+            Measure::P50 => p50,
+            Measure::P99 => p99,
+        };
+        (limit, value <= limit.at_most)
+    })
+}
+
+/// The same as text, for a table.
+pub(crate) fn verdicts(targets: impl Iterator<Item = (&'static Limit, bool)>) -> String {
+    let told: Vec<_> = targets
+        .map(|(limit, met)| format!("{}: {}", limit.text, if met { "met" } else { "missed" }))
+        .collect();
+    told.join(", ")
 }
 
 /// Why targets of a metric are missed, or a peer is cheaper: what was found by measuring. By metric.
