@@ -55,35 +55,30 @@ impl Family for V6 {
     #[inline(always)]
     fn address(ctx: &SockAddrContext) -> Address {
         let ip6 = ip6(ctx.sock_addr);
-        // One volatile load for each word keeps the offset in the instruction. A copy of the array becomes
+        // One volatile load for each half keeps the offset in the instruction. A copy of the array becomes
         // "ctx + 8" plus loads: "dereference of modified ctx ptr".
-        // SAFETY: `ip6` points to four words of the context.
-        Address::from_words(unsafe {
-            [
-                ip6.read_volatile(),
-                ip6.add(1).read_volatile(),
-                ip6.add(2).read_volatile(),
-                ip6.add(3).read_volatile(),
-            ]
-        })
+        // SAFETY: `ip6` points to two halves of the context, aligned for them.
+        Address::from_halves(unsafe { [ip6.read_volatile(), ip6.add(1).read_volatile()] })
     }
 
     #[inline(always)]
     fn set_address(ctx: &SockAddrContext, address: Address) {
         let ip6 = ip6(ctx.sock_addr);
-        let words = address.words();
+        let [upper, lower] = address.halves();
+        // Halves, since the kernel goes on with these: what is stored in words and read in halves, the processor holds up
+        // until all of it is written.
         // SAFETY: as above.
         unsafe {
-            ip6.write_volatile(words[0]);
-            ip6.add(1).write_volatile(words[1]);
-            ip6.add(2).write_volatile(words[2]);
-            ip6.add(3).write_volatile(words[3]);
+            ip6.write_volatile(upper);
+            ip6.add(1).write_volatile(lower);
         }
     }
 }
 
+/// The context lets this field, of words, be read and written in halves too.
 #[inline(always)]
-fn ip6(sock_addr: *mut bpf_sock_addr) -> *mut u32 {
+fn ip6(sock_addr: *mut bpf_sock_addr) -> *mut u64 {
+    const { assert!(core::mem::offset_of!(bpf_sock_addr, user_ip6) % 8 == 0) };
     // SAFETY: takes an address, reads nothing.
     unsafe { (&raw mut (*sock_addr).user_ip6).cast() }
 }
