@@ -5,6 +5,7 @@ use std::{fs, net::Ipv6Addr, sync::atomic::AtomicU32};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::tunnel::Tunnel;
+use super::wireguard;
 use super::{Attachment, Between, EXTERNAL_CIDR, Guard, Layout, PODS, SERVICE_CIDR, World, nft};
 use crate::{
     cgroup,
@@ -46,12 +47,16 @@ pub(super) fn world(layout: Layout) -> Result<World> {
     let [first, second] = nodes.as_slice() else { bail!("there are two nodes") };
     let tunnel = match layout.between {
         Between::Bare => Some(Tunnel::new([first.host().netns(), second.host().netns()], BARE)?),
-        Between::Routes | Between::Vxlan | Between::Ip6 => None,
+        Between::Routes | Between::Vxlan | Between::Ip6 | Between::WireGuard => None,
     };
     for (near, there) in [(first, second), (second, first)] {
         between(near, there, layout.between)?;
         guard(near.host().netns(), &layout)?;
         router.ip(&pods_via(there, &there.host().v4().to_string(), &there.host().v6().to_string(), ""))?;
+    }
+    match layout.between {
+        Between::WireGuard => wireguard::wait(first.host().netns())?,
+        Between::Routes | Between::Vxlan | Between::Bare | Between::Ip6 => {}
     }
     vips_via(first, &router, &[outside.netns(), second.host().netns()])?;
     // As on the nodes, clients do not know pods but by a route.
@@ -257,6 +262,10 @@ fn between(near: &Node, there: &Node, kind: Between) -> Result<()> {
                 other.v6(),
             ))?;
             through(near, there, "ip6tnl7")
+        }
+        Between::WireGuard => {
+            wireguard::device(host.netns(), near.name(), there.name(), other.v6())?;
+            through(near, there, wireguard::DEVICE)
         }
     }
 }

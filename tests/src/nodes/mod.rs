@@ -19,6 +19,7 @@ mod build;
 pub mod matrix;
 pub mod tap;
 mod tunnel;
+mod wireguard;
 
 use std::{
     fmt,
@@ -70,6 +71,8 @@ pub enum Between {
     Bare,
     /// As [`Between::Bare`], inside IPv6, by the kernel's own device (module ip6_tunnel).
     Ip6,
+    /// As [`Between::Ip6`], and encrypted (module wireguard).
+    WireGuard,
 }
 
 /// What a node's firewall does with packets that it forwards.
@@ -129,6 +132,12 @@ impl Layout {
     #[must_use]
     pub fn ip6_overlay() -> Self {
         Self { between: Between::Ip6, ..Self::overlay() }
+    }
+
+    /// With WireGuard between the nodes.
+    #[must_use]
+    pub fn wireguard_overlay() -> Self {
+        Self { between: Between::WireGuard, ..Self::overlay() }
     }
 
     /// With a VXLAN tunnel between the nodes. A pod's packet to a node's own address does not fit through it and back by

@@ -1,4 +1,4 @@
-//! What only a kernel with its modules has: SCTP sockets, and a tunnel of its own without link headers. Not among the suites
+//! What only a kernel with its modules has: SCTP sockets, and tunnels of its own without link headers. Not among the suites
 //! of `cargo test`, since the machine may have neither: `cargo xtask vm -- modules`.
 
 #![expect(
@@ -16,10 +16,20 @@ use sheave_tests::nodes::{
     matrix::{self, Settings},
 };
 
-/// As Calico's and WireGuard's; the matrix of `tests/suites/matrix.rs` runs through a tun device instead.
+/// As Calico's; the matrix of `tests/suites/matrix.rs` runs through a tun device instead.
 #[test]
 fn matrix_over_ip6tnl() {
-    let layout = Layout { rp_filter: 2, ..Layout::ip6_overlay() };
+    holds(Layout::ip6_overlay());
+}
+
+/// As Calico, Cilium and flannel encrypt what passes between nodes.
+#[test]
+fn matrix_over_wireguard() {
+    holds(Layout::wireguard_overlay());
+}
+
+fn holds(layout: Layout) {
+    let layout = Layout { rp_filter: 2, ..layout };
     let table = matrix::hold(layout, Settings::default(), &[], &[0, 1]).unwrap();
     println!("{table}");
     assert_eq!(table.wrong(), 0, "of {}:\n{}", table.total(), table.failures());

@@ -13,7 +13,7 @@ use sheave_tests::cache;
 use crate::shell::{output, run};
 
 /// What the lab and the tests run, a shell, and what loads modules.
-const PACKAGES: [&str; 11] = [
+const PACKAGES: [&str; 12] = [
     "bind9-dnsutils",
     "busybox-static",
     "curl",
@@ -24,6 +24,7 @@ const PACKAGES: [&str; 11] = [
     "iptables",
     "kmod",
     "nftables",
+    "wireguard-tools",
     "wrk",
 ];
 
