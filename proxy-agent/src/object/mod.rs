@@ -8,6 +8,7 @@ mod node;
 mod problems;
 mod service;
 mod slice;
+mod trimmed;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -23,6 +24,7 @@ pub(crate) use problems::{port_number, protocol};
 pub use proxy_common::abi::Protocol;
 pub use service::{key, service};
 pub use slice::{SERVICE_NAME_LABEL, slice};
+pub(crate) use trimmed::{Trimmed, typed};
 
 /// Namespace and name; the namespace is empty for cluster-scoped objects.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
@@ -295,7 +297,7 @@ pub enum Change {
 /// Changes that happened together: no state between them was ever wanted (E11, S13), so none is programmed.
 pub type Batch = Vec<Change>;
 
-/// Labels or annotations.
+/// Labels.
 pub type Labels = BTreeMap<String, String>;
 
 #[cfg(test)]

@@ -5,12 +5,12 @@ use std::fmt;
 use std::sync::Arc;
 
 use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
-use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 use serde_path_to_error::Segment;
 use tracing::debug;
 
-use crate::object::{self, ObjectKey, Problem, Slice, Unreadable};
+use crate::object::{self, ObjectKey, Problem, Slice, Trimmed, Unreadable, typed};
 use crate::source::derive::{self, Pod, Selection};
 
 /// S3: a Service with this label belongs to another proxy.
@@ -165,7 +165,7 @@ pub(super) fn parse(file: &str, bytes: &[u8]) -> Parsed {
 
 /// JSON has an exact reader of its own. Several values may follow each other, as `kubectl get -o json` pasted twice.
 fn json(file: &str, text: &str, out: &mut Parsed) {
-    let mut values = serde_json::Deserializer::from_str(text).into_iter::<Value>();
+    let mut values = serde_json::Deserializer::from_str(text).into_iter::<Trimmed>();
     let lines = |text: &str| text.bytes().filter(|&byte| byte == b'\n').count();
     // Counted along: from the start each time, a file of many values would be read as many times.
     let (mut start, mut line) = (0, 1);
@@ -175,7 +175,7 @@ fn json(file: &str, text: &str, out: &mut Parsed) {
         let (blank, content) = text.split_at(text.len() - text.trim_start().len());
         line += lines(blank);
         match value {
-            Ok(value) => Document::new(file, content, line).read(value, &[], None, out),
+            Ok(Trimmed(value)) => Document::new(file, content, line).read(value, &[], None, out),
             Err(error) => {
                 // The position is in the message already, and lines count from the start of the file.
                 out.broken.push(Broken { line: error.line(), ..Broken::file(file, error) });
@@ -191,9 +191,9 @@ fn json(file: &str, text: &str, out: &mut Parsed) {
 fn yaml(file: &str, text: &str, out: &mut Parsed) {
     for (line, text) in split(text) {
         let document = Document::new(file, text, line);
-        match serde_saphyr::from_str_with_options::<Value>(text, options()) {
-            Ok(Value::Null) => {}
-            Ok(value) => document.read(value, &[], None, out),
+        match serde_saphyr::from_str_with_options::<Trimmed>(text, options()) {
+            Ok(Trimmed(Value::Null)) => {}
+            Ok(Trimmed(value)) => document.read(value, &[], None, out),
             Err(_) => out.broken.push(document.syntax_error()),
         }
     }
@@ -377,7 +377,7 @@ impl Document<'_> {
     /// the reader's message is the one that an editor shows.
     fn syntax_error(&self) -> Broken {
         let padded = format!("{}{}", "\n".repeat(self.line.saturating_sub(1)), self.text);
-        let error = serde_saphyr::from_str_with_options::<Value>(&padded, options()).err();
+        let error = serde_saphyr::from_str_with_options::<Trimmed>(&padded, options()).err();
         let line = error
             .as_ref()
             .and_then(serde_saphyr::Error::location)
@@ -431,10 +431,6 @@ fn normalise(value: &mut Value, id: &Id) {
 }
 
 fn object(value: &Value, kind: Kind) -> Result<Object, serde_path_to_error::Error<serde_json::Error>> {
-    // Where in it an error is, is asked when there is one: to keep count of that takes time.
-    fn typed<T: DeserializeOwned>(value: &Value) -> Result<T, serde_path_to_error::Error<serde_json::Error>> {
-        T::deserialize(value).or_else(|_| serde_path_to_error::deserialize(value))
-    }
     Ok(match kind {
         Kind::Node => Object::Node(Arc::new(object::node(&typed::<core::Node>(value)?))),
         Kind::Pod => Object::Pod(Arc::new(derive::pod(&typed::<core::Pod>(value)?))),

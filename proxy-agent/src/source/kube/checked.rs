@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
-use crate::object::{self, Node, ObjectKey, Problem, Read, Service, Slice, Unreadable};
+use crate::object::{self, Node, ObjectKey, Problem, Read, Service, Slice, Trimmed, Unreadable, typed};
 
 /// A slim type and what it is made of.
 pub(super) trait Slim: Clone + Debug + Send + Sync + 'static {
@@ -79,28 +79,26 @@ impl<T> Checked<T> {
 /// JSON value, and then as its type.
 impl<'de, T: Slim> Deserialize<'de> for Checked<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let value = Value::deserialize(deserializer)?;
+        let Trimmed(value) = Trimmed::deserialize(deserializer)?;
         let text = |field| value.pointer(field).and_then(Value::as_str).map(str::to_owned);
-        // Only this of it: labels, annotations and managed fields are most of an object.
+        // Only this of it is the watcher's.
         let metadata = ObjectMeta {
             name: text("/metadata/name"),
             namespace: text("/metadata/namespace"),
             resource_version: text("/metadata/resourceVersion"),
             ..ObjectMeta::default()
         };
-        let read = serde_path_to_error::deserialize(value).map(|object| Arc::new(T::slim(&object))).map_err(
-            |error| {
-                let key = object::key(&metadata);
-                Unreadable {
-                    problem: Problem {
-                        object: format!("{} {key}", T::KIND),
-                        field: error.path().to_string(),
-                        message: format!("{}; the last good state stays in force", error.inner()),
-                    },
-                    key: Some(key).filter(|key| !key.name.is_empty()),
-                }
-            },
-        );
+        let read = typed(&value).map(|object| Arc::new(T::slim(&object))).map_err(|error| {
+            let key = object::key(&metadata);
+            Unreadable {
+                problem: Problem {
+                    object: format!("{} {key}", T::KIND),
+                    field: error.path().to_string(),
+                    message: format!("{}; the last good state stays in force", error.inner()),
+                },
+                key: Some(key).filter(|key| !key.name.is_empty()),
+            }
+        });
         Ok(Self { metadata, read })
     }
 }
