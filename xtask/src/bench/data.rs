@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use sheave_tests::{
     client::Client,
     kubernetes::kube_proxy::Mode,
@@ -194,7 +194,7 @@ pub(crate) fn one(
         }
         for (arm, (values, p99)) in order {
             go_on()?;
-            let (value, tail) = slice(client, metric, effort, arm, u64::from(round))
+            let (value, tail) = sampled(client, metric, effort, arm, u64::from(round))
                 .with_context(|| format!("{name}, {}", arm.name))?;
             // The first round fills caches and neighbour tables.
             if round > 0 {
@@ -223,7 +223,27 @@ pub(crate) fn one(
     Ok(row)
 }
 
-/// A slice's value, and its 99th percentile where it has samples.
+/// What a slice says. One in which nothing came to its end (the machine was away, or a packet was lost and sent again) is
+/// told and repeated: no number says it.
+fn sampled(
+    client: &Client,
+    metric: &Metric,
+    effort: &Effort,
+    arm: &Arm<'_>,
+    seed: u64,
+) -> Result<(f64, f64)> {
+    const TRIES: u32 = 3;
+    for _ in 0..TRIES {
+        let (value, tail) = slice(client, metric, effort, arm, seed)?;
+        if value.is_finite() {
+            return Ok((value, tail));
+        }
+        println!("── {}: nothing came to its end within {:?}; once more", arm.name, effort.slice);
+    }
+    bail!("nothing came to its end within {:?}, {TRIES} times", effort.slice)
+}
+
+/// A slice's value, and its 99th percentile where it has samples; not a number if nothing came to its end.
 fn slice(client: &Client, metric: &Metric, effort: &Effort, arm: &Arm<'_>, seed: u64) -> Result<(f64, f64)> {
     let Arm { name: _, world, side, targets, check } = *arm;
     world.admit(client, side)?;
