@@ -3,8 +3,10 @@
 
 use std::fmt;
 
-use serde::de::{Deserialize, DeserializeOwned, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
-use serde_json::{Map, Number, Value};
+use serde::de::{
+    Deserialize, DeserializeOwned, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor,
+};
+use serde_json::{Map, Value};
 
 /// Mappings and lists of these names are left out, wherever they are. A text of such a name stays: a label may have it.
 const LEFT_OUT: [&str; 4] = ["managedFields", "ownerReferences", "annotations", "targetRef"];
@@ -15,7 +17,8 @@ pub(crate) struct Trimmed(pub(crate) Value);
 
 impl<'de> Deserialize<'de> for Trimmed {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(Whole).map(Self)
+        // What is kept is a value.
+        Reader { kept: true }.deserialize(deserializer).map(|value| Self(value.unwrap_or_default()))
     }
 }
 
@@ -29,105 +32,88 @@ pub(crate) fn typed<T: DeserializeOwned>(
     T::deserialize(value).or_else(|_| serde_path_to_error::deserialize(value))
 }
 
-/// Makes a value of whatever comes.
-struct Whole;
-
-/// Makes a value of what is neither mapping nor list, and nothing of those.
-struct Scalar;
-
-/// What both do alike.
-macro_rules! scalars {
-    ($value:ty, $some:expr) => {
-        type Value = $value;
-
-        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("any JSON value")
-        }
-
-        fn visit_bool<E>(self, value: bool) -> Result<$value, E> {
-            Ok($some(Value::Bool(value)))
-        }
-
-        fn visit_i64<E>(self, value: i64) -> Result<$value, E> {
-            Ok($some(Value::Number(value.into())))
-        }
-
-        fn visit_u64<E>(self, value: u64) -> Result<$value, E> {
-            Ok($some(Value::Number(value.into())))
-        }
-
-        fn visit_f64<E>(self, value: f64) -> Result<$value, E> {
-            Ok($some(Number::from_f64(value).map_or(Value::Null, Value::Number)))
-        }
-
-        fn visit_str<E>(self, value: &str) -> Result<$value, E> {
-            Ok($some(Value::String(value.to_owned())))
-        }
-
-        fn visit_string<E>(self, value: String) -> Result<$value, E> {
-            Ok($some(Value::String(value)))
-        }
-
-        fn visit_none<E>(self) -> Result<$value, E> {
-            Ok($some(Value::Null))
-        }
-
-        fn visit_unit<E>(self) -> Result<$value, E> {
-            Ok($some(Value::Null))
-        }
-
-        fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<$value, D::Error> {
-            deserializer.deserialize_any(self)
-        }
-    };
+/// Makes a value of what comes; of mappings and lists only if they are kept.
+#[derive(Clone, Copy)]
+struct Reader {
+    kept: bool,
 }
 
-impl<'de> Visitor<'de> for Whole {
-    scalars!(Value, std::convert::identity);
+impl<'de> DeserializeSeed<'de> for Reader {
+    type Value = Option<Value>;
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
-        let mut list = Vec::new();
-        while let Some(Trimmed(value)) = seq.next_element()? {
-            list.push(value);
-        }
-        Ok(Value::Array(list))
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
-        let mut map = Map::new();
-        while let Some(key) = entries.next_key::<String>()? {
-            let value = if LEFT_OUT.contains(&key.as_str()) {
-                entries.next_value::<Untold>()?.0
-            } else {
-                entries.next_value::<Trimmed>().map(|Trimmed(value)| Some(value))?
-            };
-            if let Some(value) = value {
-                map.insert(key, value);
-            }
-        }
-        Ok(Value::Object(map))
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Option<Value>, D::Error> {
+        deserializer.deserialize_any(self)
     }
 }
 
-struct Untold(Option<Value>);
+impl<'de> Visitor<'de> for Reader {
+    type Value = Option<Value>;
 
-impl<'de> Deserialize<'de> for Untold {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(Scalar).map(Self)
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("any JSON value")
     }
-}
 
-impl<'de> Visitor<'de> for Scalar {
-    scalars!(Option<Value>, Some);
+    fn visit_bool<E>(self, value: bool) -> Result<Option<Value>, E> {
+        Ok(Some(value.into()))
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Option<Value>, E> {
+        Ok(Some(value.into()))
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Option<Value>, E> {
+        Ok(Some(value.into()))
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Option<Value>, E> {
+        Ok(Some(value.into()))
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Option<Value>, E> {
+        Ok(Some(value.into()))
+    }
+
+    fn visit_string<E>(self, value: String) -> Result<Option<Value>, E> {
+        Ok(Some(value.into()))
+    }
+
+    fn visit_none<E>(self) -> Result<Option<Value>, E> {
+        Ok(Some(Value::Null))
+    }
+
+    fn visit_unit<E>(self) -> Result<Option<Value>, E> {
+        Ok(Some(Value::Null))
+    }
+
+    fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Option<Value>, D::Error> {
+        self.deserialize(deserializer)
+    }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Option<Value>, A::Error> {
-        while seq.next_element::<IgnoredAny>()?.is_some() {}
-        Ok(None)
+        if !self.kept {
+            while seq.next_element::<IgnoredAny>()?.is_some() {}
+            return Ok(None);
+        }
+        let mut list = Vec::new();
+        while let Some(value) = seq.next_element_seed(self)? {
+            list.extend(value);
+        }
+        Ok(Some(Value::Array(list)))
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Option<Value>, A::Error> {
-        while entries.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-        Ok(None)
+        if !self.kept {
+            while entries.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+            return Ok(None);
+        }
+        let mut map = Map::new();
+        while let Some(key) = entries.next_key::<String>()? {
+            let kept = !LEFT_OUT.contains(&key.as_str());
+            if let Some(value) = entries.next_value_seed(Self { kept })? {
+                map.insert(key, value);
+            }
+        }
+        Ok(Some(Value::Object(map)))
     }
 }
 
