@@ -3,9 +3,11 @@
 //! A field that cannot be used is left out and reported as a [`Problem`]; it never costs more than what depends on it.
 
 pub mod address;
+mod fields;
 mod name;
 mod node;
 mod problems;
+mod reading;
 mod service;
 mod slice;
 mod trimmed;
@@ -18,12 +20,14 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use serde::Serialize;
 
+pub use fields::Mismatch;
+pub(crate) use fields::{Step, format_path};
 pub use name::Name;
-pub use node::{ZONE_LABEL, node};
+pub use node::ZONE_LABEL;
 pub(crate) use problems::{port_number, protocol};
 pub use proxy_common::abi::Protocol;
-pub use service::{key, service};
-pub use slice::{SERVICE_NAME_LABEL, slice};
+pub use reading::{Readable, Reading};
+pub use slice::SERVICE_NAME_LABEL;
 pub(crate) use trimmed::{Trimmed, typed};
 
 /// Namespace and name; the namespace is empty for cluster-scoped objects.

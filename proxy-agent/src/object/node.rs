@@ -1,32 +1,116 @@
-//! From a Node of the API to what the proxy reads of it (P7, N2, M1).
+//! From a Node to what the proxy reads of it (P7, N2, M1).
 
-use k8s_openapi::api::core::v1 as core;
+use serde::de::MapAccess;
 
 use super::address::{parse_cidr, parse_ip};
+use super::fields::{Field, Found, Mismatch, mapping};
 use super::problems::Problems;
-use super::service::key;
-use super::{Name, Node};
+use super::reading::{Labelled, Readable, Reading};
+use super::{Name, Node, ObjectKey};
 
 /// P7: the zone of a Node.
 pub const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
-/// Reads a Node. Whatever cannot be used is left out and is named in `problems`.
-pub fn node(object: &core::Node) -> Node {
+/// Whatever cannot be used of a Node is left out and is named in its `problems`.
+impl Readable for Node {
+    type Given = Given;
+
+    fn reading(mut given: Given, wrong: Option<Mismatch>) -> Reading<Self> {
+        let Labelled { metadata, labels, .. } = std::mem::take(&mut given.about);
+        Reading::new(metadata, false, wrong, |key| node(key, labels.zone, given))
+    }
+}
+
+/// A Node, field by field.
+#[derive(Default)]
+pub struct Given {
+    about: Labelled<Labels>,
+    spec: Spec,
+    addresses: Vec<Address>,
+}
+
+impl Field for Given {
+    const EXPECTED: &'static str = "Node";
+
+    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
+        mapping(map, &["metadata", "spec", "status"], |out: &mut Self, key, value| {
+            match key {
+                "metadata" => out.about = value.read()?,
+                "spec" => out.spec = value.read()?,
+                _ => out.addresses = value.read_within(&["addresses"])?,
+            }
+            Ok(())
+        })
+    }
+}
+
+#[derive(Default)]
+struct Labels {
+    zone: Option<String>,
+}
+
+impl Field for Labels {
+    const EXPECTED: &'static str = "a map";
+
+    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
+        mapping(map, &[ZONE_LABEL], |out: &mut Self, _, value| {
+            out.zone = value.read()?;
+            Ok(())
+        })
+    }
+}
+
+#[derive(Default)]
+struct Spec {
+    pod_cidr: Option<String>,
+    pod_cidrs: Vec<String>,
+}
+
+impl Field for Spec {
+    const EXPECTED: &'static str = "NodeSpec";
+
+    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
+        mapping(map, &["podCIDR", "podCIDRs"], |out: &mut Self, key, value| {
+            if key == "podCIDR" {
+                out.pod_cidr = value.read()?
+            } else {
+                out.pod_cidrs = value.read()?
+            }
+            Ok(())
+        })
+    }
+}
+
+#[derive(Default)]
+struct Address {
+    kind: String,
+    address: String,
+}
+
+impl Field for Address {
+    const EXPECTED: &'static str = "NodeAddress";
+
+    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
+        mapping(map, &["type", "address"], |out: &mut Self, key, value| {
+            if key == "type" {
+                out.kind = value.read()?
+            } else {
+                out.address = value.read()?
+            }
+            Ok(())
+        })
+    }
+}
+
+fn node(key: ObjectKey, zone: Option<String>, given: Given) -> Node {
     // A Node has no namespace; one in a file means nothing.
-    let key = super::ObjectKey { namespace: Name::default(), ..key(&object.metadata) };
+    let key = ObjectKey { namespace: Name::default(), ..key };
     let mut problems = Problems::of("Node", &key);
-    let zone = object
-        .metadata
-        .labels
-        .as_ref()
-        .and_then(|l| l.get(ZONE_LABEL))
-        .filter(|zone| !zone.is_empty())
-        .cloned();
+    let zone = zone.filter(|zone| !zone.is_empty());
 
     let mut addresses = Vec::new();
-    let given = object.status.as_ref().and_then(|s| s.addresses.as_deref()).unwrap_or_default();
     for kind in ["InternalIP", "ExternalIP"] {
-        for (i, address) in given.iter().enumerate().filter(|(_, a)| a.type_ == kind) {
+        for (i, address) in given.addresses.iter().enumerate().filter(|(_, a)| a.kind == kind) {
             match parse_ip(&address.address) {
                 Some(ip) if addresses.contains(&ip) => {}
                 Some(ip) => addresses.push(ip),
@@ -38,9 +122,8 @@ pub fn node(object: &core::Node) -> Node {
         }
     }
 
-    let spec = object.spec.as_ref();
-    let many = spec.and_then(|s| s.pod_cidrs.as_deref()).unwrap_or_default();
-    let one = spec.and_then(|s| s.pod_cidr.as_deref()).unwrap_or_default();
+    let Spec { pod_cidr, pod_cidrs: many } = given.spec;
+    let one = pod_cidr.unwrap_or_default();
     let mut pod_cidrs = Vec::new();
     let mut add = |field: String, text: &str| match parse_cidr(text) {
         Some(net) => pod_cidrs.push(net),
@@ -48,7 +131,7 @@ pub fn node(object: &core::Node) -> Node {
     };
     if many.is_empty() {
         if !one.is_empty() {
-            add("spec.podCIDR".into(), one);
+            add("spec.podCIDR".into(), &one);
         }
     } else {
         for (i, text) in many.iter().enumerate() {

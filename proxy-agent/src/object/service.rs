@@ -1,33 +1,177 @@
-//! From a Service of the API to what the proxy reads of it (S1–S10, P1, A1, X1, X2, X7, F5, H1).
+//! From a Service to what the proxy reads of it (S1–S10, P1, A1, X1, X2, X7, F5, H1).
 
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use k8s_openapi::api::core::v1 as core;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use serde::de::MapAccess;
 
 use super::address::{parse_cidr, parse_ip, unusable_as_endpoint, unusable_as_vip};
+use super::fields::{Field, Found, Mismatch, mapping};
 use super::problems::{Problems, port_number, protocol};
-use super::{Family, ObjectKey, PerFamily, Service, ServicePort};
+use super::reading::{Labelled, Readable, Reading};
+use super::{Family, Name, ObjectKey, PerFamily, Service, ServicePort};
+
+/// S3: a Service with this label belongs to another proxy.
+const OTHER_PROXY_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 
 /// A1: three hours.
 const DEFAULT_AFFINITY_S: u32 = 10_800;
 /// A1: one day.
 const MAX_AFFINITY_S: u32 = 86_400;
 
-/// Namespace and name of an object.
-pub fn key(metadata: &ObjectMeta) -> ObjectKey {
-    ObjectKey {
-        namespace: metadata.namespace.as_deref().unwrap_or_default().into(),
-        name: metadata.name.as_deref().unwrap_or_default().into(),
+/// Whatever cannot be used of a Service is left out and is named in its `problems`.
+impl Readable for Service {
+    type Given = Given;
+
+    fn reading(mut given: Given, wrong: Option<Mismatch>) -> Reading<Self> {
+        let Labelled { metadata, labels, created_s } = std::mem::take(&mut given.about);
+        Reading::new(metadata, labels.other_proxy, wrong, |key| service(key, created_s, given))
     }
 }
 
-/// Reads a Service. Whatever cannot be used is left out and is named in `problems`.
-pub fn service(object: &core::Service) -> Service {
-    let key = key(&object.metadata);
+/// A Service, field by field.
+#[derive(Default)]
+pub struct Given {
+    about: Labelled<Labels>,
+    spec: Option<Spec>,
+    ingress: Vec<Ingress>,
+}
+
+impl Field for Given {
+    const EXPECTED: &'static str = "Service";
+
+    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
+        mapping(map, &["metadata", "spec", "status"], |out: &mut Self, key, value| {
+            match key {
+                "metadata" => out.about = value.read()?,
+                "spec" => out.spec = value.read()?,
+                _ => out.ingress = value.read_within(&["loadBalancer", "ingress"])?,
+            }
+            Ok(())
+        })
+    }
+}
+
+#[derive(Default)]
+struct Labels {
+    other_proxy: bool,
+}
+
+impl Field for Labels {
+    const EXPECTED: &'static str = "a map";
+
+    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
+        mapping(map, &[OTHER_PROXY_LABEL], |out: &mut Self, _, value| {
+            out.other_proxy = value.read::<Option<String>>()?.is_some();
+            Ok(())
+        })
+    }
+}
+
+#[derive(Default)]
+struct Spec {
+    type_: Option<String>,
+    cluster_ip: Option<String>,
+    cluster_ips: Vec<String>,
+    ip_families: Vec<String>,
+    ports: Vec<Port>,
+    external_ips: Vec<String>,
+    load_balancer_source_ranges: Vec<String>,
+    internal_traffic_policy: Option<String>,
+    external_traffic_policy: Option<String>,
+    session_affinity: Option<String>,
+    affinity_timeout_s: Option<i32>,
+    health_check_node_port: Option<i32>,
+}
+
+impl Field for Option<Spec> {
+    const EXPECTED: &'static str = "ServiceSpec";
+
+    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
+        const FIELDS: [&str; 12] = [
+            "type",
+            "clusterIP",
+            "clusterIPs",
+            "ipFamilies",
+            "ports",
+            "externalIPs",
+            "loadBalancerSourceRanges",
+            "internalTrafficPolicy",
+            "externalTrafficPolicy",
+            "sessionAffinity",
+            "sessionAffinityConfig",
+            "healthCheckNodePort",
+        ];
+        let (spec, wrong) = mapping(map, &FIELDS, |out: &mut Spec, key, value| {
+            match key {
+                "type" => out.type_ = value.read()?,
+                "clusterIP" => out.cluster_ip = value.read()?,
+                "clusterIPs" => out.cluster_ips = value.read()?,
+                "ipFamilies" => out.ip_families = value.read()?,
+                "ports" => out.ports = value.read()?,
+                "externalIPs" => out.external_ips = value.read()?,
+                "loadBalancerSourceRanges" => out.load_balancer_source_ranges = value.read()?,
+                "internalTrafficPolicy" => out.internal_traffic_policy = value.read()?,
+                "externalTrafficPolicy" => out.external_traffic_policy = value.read()?,
+                "sessionAffinity" => out.session_affinity = value.read()?,
+                "sessionAffinityConfig" => {
+                    out.affinity_timeout_s = value.read_within(&["clientIP", "timeoutSeconds"])?
+                }
+                _ => out.health_check_node_port = value.read()?,
+            }
+            Ok(())
+        })?;
+        Ok((Some(spec), wrong))
+    }
+}
+
+#[derive(Default)]
+struct Port {
+    name: Option<Name>,
+    protocol: Option<String>,
+    port: Option<i32>,
+    node_port: Option<i32>,
+}
+
+impl Field for Port {
+    const EXPECTED: &'static str = "ServicePort";
+
+    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
+        mapping(map, &["name", "protocol", "port", "nodePort"], |out: &mut Self, key, value| {
+            match key {
+                "name" => out.name = value.read()?,
+                "protocol" => out.protocol = value.read()?,
+                "port" => out.port = value.read()?,
+                _ => out.node_port = value.read()?,
+            }
+            Ok(())
+        })
+    }
+}
+
+#[derive(Default)]
+struct Ingress {
+    ip: Option<String>,
+    ip_mode: Option<String>,
+}
+
+impl Field for Ingress {
+    const EXPECTED: &'static str = "LoadBalancerIngress";
+
+    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
+        mapping(map, &["ip", "ipMode"], |out: &mut Self, key, value| {
+            if key == "ip" {
+                out.ip = value.read()?
+            } else {
+                out.ip_mode = value.read()?
+            }
+            Ok(())
+        })
+    }
+}
+
+fn service(key: ObjectKey, created_s: Option<i64>, given: Given) -> Service {
     let mut problems = Problems::of("Service", &key);
-    let created_s = object.metadata.creation_timestamp.as_ref().map(|t| t.0.as_second());
     let mut out = Service {
         key,
         created_s,
@@ -43,7 +187,7 @@ pub fn service(object: &core::Service) -> Service {
         health_check_node_port: None,
         problems: Vec::new(),
     };
-    let Some(spec) = object.spec.as_ref() else {
+    let Some(spec) = &given.spec else {
         return out;
     };
     // S1, S2: nothing else of such a Service is read, so nothing else of it can be wrong.
@@ -54,9 +198,9 @@ pub fn service(object: &core::Service) -> Service {
     }
 
     out.cluster_ip = cluster_ips(spec, &mut problems);
-    out.ports = ports(spec.ports.as_deref().unwrap_or_default(), &mut problems);
+    out.ports = ports(&spec.ports, &mut problems);
     out.external_ips = external_ips(spec, &mut problems);
-    out.load_balancer_ips = load_balancer_ips(object.status.as_ref(), &mut problems);
+    out.load_balancer_ips = load_balancer_ips(&given.ingress, &mut problems);
     out.source_ranges = source_ranges(spec, &out.cluster_ip, &mut problems);
 
     let kind = Type::of(spec, &mut problems);
@@ -65,7 +209,7 @@ pub fn service(object: &core::Service) -> Service {
     let external_local =
         local_policy("externalTrafficPolicy", spec.external_traffic_policy.as_deref(), &mut problems);
     // P1: any element counts, of whichever family and whether or not it can be used.
-    let has_external_ips = spec.external_ips.as_ref().is_some_and(|ips| !ips.is_empty());
+    let has_external_ips = !spec.external_ips.is_empty();
     out.external_local = external_local
         && match kind {
             Type::NodePort | Type::LoadBalancer => true,
@@ -89,7 +233,7 @@ enum Type {
 }
 
 impl Type {
-    fn of(spec: &core::ServiceSpec, problems: &mut Problems) -> Self {
+    fn of(spec: &Spec, problems: &mut Problems) -> Self {
         match spec.type_.as_deref() {
             None | Some("" | "ClusterIP") => Self::ClusterIp,
             Some("NodePort") => Self::NodePort,
@@ -103,9 +247,9 @@ impl Type {
 }
 
 /// S4.
-fn cluster_ips(spec: &core::ServiceSpec, problems: &mut Problems) -> PerFamily<Option<IpAddr>> {
+fn cluster_ips(spec: &Spec, problems: &mut Problems) -> PerFamily<Option<IpAddr>> {
     let mut out = PerFamily::default();
-    let families = spec.ip_families.as_deref().unwrap_or_default();
+    let families = &spec.ip_families;
     if families.is_empty() {
         let text = spec.cluster_ip.as_deref().unwrap_or_default();
         if let Some(ip) = cluster_ip("spec.clusterIP", text, problems) {
@@ -113,7 +257,7 @@ fn cluster_ips(spec: &core::ServiceSpec, problems: &mut Problems) -> PerFamily<O
         }
         return out;
     }
-    let addresses = spec.cluster_ips.as_deref().unwrap_or_default();
+    let addresses = &spec.cluster_ips;
     for (i, name) in families.iter().enumerate() {
         let Some(family) = Family::ALL.into_iter().find(|family| family.name() == name) else {
             problems.add(
@@ -166,7 +310,7 @@ fn cluster_ip(field: &str, text: &str, problems: &mut Problems) -> Option<IpAddr
 }
 
 /// S7, S8.
-fn ports(ports: &[core::ServicePort], problems: &mut Problems) -> Vec<ServicePort> {
+fn ports(ports: &[Port], problems: &mut Problems) -> Vec<ServicePort> {
     let mut out: Vec<ServicePort> = Vec::with_capacity(ports.len());
     for (i, port) in ports.iter().enumerate() {
         let Some(protocol) = protocol(port.protocol.as_deref()) else {
@@ -177,10 +321,11 @@ fn ports(ports: &[core::ServicePort], problems: &mut Problems) -> Vec<ServicePor
             );
             continue;
         };
-        let Some(number) = port_number(port.port) else {
+        let given = port.port.unwrap_or_default();
+        let Some(number) = port_number(given) else {
             problems.add(
                 format_args!("spec.ports[{i}].port"),
-                format_args!("{} is not within 1-65535; the port is left out", port.port),
+                format_args!("{given} is not within 1-65535; the port is left out"),
             );
             continue;
         };
@@ -197,12 +342,8 @@ fn ports(ports: &[core::ServicePort], problems: &mut Problems) -> Vec<ServicePor
                 number
             }
         };
-        let port = ServicePort {
-            name: port.name.as_deref().unwrap_or_default().into(),
-            protocol,
-            port: number,
-            node_port,
-        };
+        let port =
+            ServicePort { name: port.name.clone().unwrap_or_default(), protocol, port: number, node_port };
         // S7: name and protocol are the identity. The API forbids two; kube-proxy's map would keep the later one.
         if let Some(earlier) = out.iter_mut().find(|p| p.name == port.name && p.protocol == port.protocol) {
             problems.add(
@@ -218,19 +359,18 @@ fn ports(ports: &[core::ServicePort], problems: &mut Problems) -> Vec<ServicePor
 }
 
 /// S5, X1, X6, X7.
-fn external_ips(spec: &core::ServiceSpec, problems: &mut Problems) -> Vec<IpAddr> {
+fn external_ips(spec: &Spec, problems: &mut Problems) -> Vec<IpAddr> {
     let mut out = Vec::new();
-    for (i, text) in spec.external_ips.iter().flatten().enumerate() {
+    for (i, text) in spec.external_ips.iter().enumerate() {
         vip(&mut out, || format!("spec.externalIPs[{i}]"), text, unusable_as_endpoint, problems);
     }
     out
 }
 
 /// X2, X6, X7.
-fn load_balancer_ips(status: Option<&core::ServiceStatus>, problems: &mut Problems) -> Vec<IpAddr> {
+fn load_balancer_ips(ingress: &[Ingress], problems: &mut Problems) -> Vec<IpAddr> {
     let mut out = Vec::new();
-    let ingress = status.and_then(|s| s.load_balancer.as_ref()).and_then(|l| l.ingress.as_deref());
-    for (i, ingress) in ingress.unwrap_or_default().iter().enumerate() {
+    for (i, ingress) in ingress.iter().enumerate() {
         let field = || format!("status.loadBalancer.ingress[{i}].ip");
         match (ingress.ip.as_deref(), ingress.ip_mode.as_deref()) {
             (None, _) | (Some(_), Some("Proxy")) => {}
@@ -266,15 +406,11 @@ fn vip(
 }
 
 /// F5: the sharp edges stay, but not silently.
-fn source_ranges(
-    spec: &core::ServiceSpec,
-    cluster_ip: &PerFamily<Option<IpAddr>>,
-    problems: &mut Problems,
-) -> Vec<IpNet> {
+fn source_ranges(spec: &Spec, cluster_ip: &PerFamily<Option<IpAddr>>, problems: &mut Problems) -> Vec<IpNet> {
     const FIELD: &str = "spec.loadBalancerSourceRanges";
     let mut out: Vec<IpNet> = Vec::new();
     let mut given = false;
-    for (i, text) in spec.load_balancer_source_ranges.iter().flatten().enumerate() {
+    for (i, text) in spec.load_balancer_source_ranges.iter().enumerate() {
         if text.trim().is_empty() {
             continue;
         }
@@ -320,7 +456,7 @@ fn local_policy(field: &str, value: Option<&str>, problems: &mut Problems) -> bo
 }
 
 /// A1.
-fn affinity(spec: &core::ServiceSpec, problems: &mut Problems) -> Option<u32> {
+fn affinity(spec: &Spec, problems: &mut Problems) -> Option<u32> {
     const FIELD: &str = "spec.sessionAffinityConfig.clientIP.timeoutSeconds";
     match spec.session_affinity.as_deref() {
         None | Some("" | "None") => return None,
@@ -333,12 +469,7 @@ fn affinity(spec: &core::ServiceSpec, problems: &mut Problems) -> Option<u32> {
             return None;
         }
     }
-    let given = spec
-        .session_affinity_config
-        .as_ref()
-        .and_then(|c| c.client_ip.as_ref())
-        .and_then(|c| c.timeout_seconds);
-    let Some(given) = given else {
+    let Some(given) = spec.affinity_timeout_s else {
         return Some(DEFAULT_AFFINITY_S);
     };
     match u32::try_from(given) {
@@ -356,7 +487,7 @@ fn affinity(spec: &core::ServiceSpec, problems: &mut Problems) -> Option<u32> {
 }
 
 /// H1.
-fn health_check_node_port(spec: &core::ServiceSpec, problems: &mut Problems) -> Option<u16> {
+fn health_check_node_port(spec: &Spec, problems: &mut Problems) -> Option<u16> {
     const FIELD: &str = "spec.healthCheckNodePort";
     match spec.health_check_node_port {
         None | Some(0) => {

@@ -1,27 +1,212 @@
-//! From an EndpointSlice of the API to what the proxy reads of it (E1–E12).
+//! From an EndpointSlice to what the proxy reads of it (E1–E12). Most of what a cluster says is slices, so there is nothing
+//! in between.
 
-use k8s_openapi::api::discovery::v1 as discovery;
+use std::net::IpAddr;
+
+use serde::de::{MapAccess, SeqAccess};
 
 use super::address::{parse_ip, unusable_as_endpoint};
+use super::fields::{Field, Found, Mismatch, Wrong, mapping};
 use super::problems::{Problems, port_number, protocol};
-use super::service::key;
-use super::{Family, Hints, Name, Slice, SliceEndpoint, SlicePort};
+use super::reading::{Labelled, Readable, Reading};
+use super::{Family, Hints, Name, ObjectKey, Slice, SliceEndpoint, SlicePort};
 
 /// E2: names the Service of a slice.
 pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 
-/// Reads an EndpointSlice. Whatever cannot be used is left out and is named in `problems`.
-pub fn slice(object: &discovery::EndpointSlice) -> Slice {
-    let key = key(&object.metadata);
+/// S3: a slice with this label is of a headless Service.
+const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
+
+/// Whatever cannot be used of a slice is left out and is named in its `problems`.
+impl Readable for Slice {
+    type Given = Given;
+
+    fn reading(mut given: Given, wrong: Option<Mismatch>) -> Reading<Self> {
+        let Labelled { metadata, labels, .. } = std::mem::take(&mut given.about);
+        Reading::new(metadata, labels.headless, wrong, |key| slice(key, labels.service, given))
+    }
+}
+
+/// A slice, field by field.
+#[derive(Default)]
+pub struct Given {
+    about: Labelled<Labels>,
+    address_type: Option<String>,
+    ports: Vec<Port>,
+    endpoints: Vec<Endpoint>,
+}
+
+impl Field for Given {
+    const EXPECTED: &'static str = "EndpointSlice";
+
+    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
+        mapping(map, &["metadata", "addressType", "ports", "endpoints"], |out: &mut Self, key, value| {
+            match key {
+                "metadata" => out.about = value.read()?,
+                "addressType" => out.address_type = value.read()?,
+                "ports" => out.ports = value.read()?,
+                _ => out.endpoints = value.read()?,
+            }
+            Ok(())
+        })
+    }
+}
+
+#[derive(Default)]
+struct Labels {
+    service: Option<Name>,
+    headless: bool,
+}
+
+impl Field for Labels {
+    const EXPECTED: &'static str = "a map";
+
+    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
+        mapping(map, &[SERVICE_NAME_LABEL, HEADLESS_LABEL], |out: &mut Self, key, value| {
+            if key == SERVICE_NAME_LABEL {
+                out.service = value.read()?;
+            } else {
+                out.headless = value.read::<Option<String>>()?.is_some();
+            }
+            Ok(())
+        })
+    }
+}
+
+#[derive(Default)]
+struct Port {
+    name: Option<Name>,
+    port: Option<i32>,
+    protocol: Option<String>,
+}
+
+impl Field for Port {
+    const EXPECTED: &'static str = "EndpointPort";
+
+    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
+        mapping(map, &["name", "port", "protocol"], |out: &mut Self, key, value| {
+            match key {
+                "name" => out.name = value.read()?,
+                "port" => out.port = value.read()?,
+                _ => out.protocol = value.read()?,
+            }
+            Ok(())
+        })
+    }
+}
+
+#[derive(Default)]
+struct Endpoint {
+    address: FirstAddress,
+    conditions: Conditions,
+    node: Option<Name>,
+    zone: Option<Name>,
+    hints: Hints,
+}
+
+impl Field for Endpoint {
+    const EXPECTED: &'static str = "Endpoint";
+
+    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
+        mapping(
+            map,
+            &["addresses", "conditions", "nodeName", "zone", "hints"],
+            |out: &mut Self, key, value| {
+                match key {
+                    "addresses" => out.address = value.read()?,
+                    "conditions" => out.conditions = value.read()?,
+                    "nodeName" => out.node = value.read()?,
+                    "zone" => out.zone = value.read()?,
+                    _ => out.hints = value.read()?,
+                }
+                Ok(())
+            },
+        )
+    }
+}
+
+/// E6: of the addresses only the first counts.
+#[derive(Default)]
+struct FirstAddress(Option<Address>);
+
+impl Field for FirstAddress {
+    const EXPECTED: &'static str = "a sequence";
+
+    fn list<'de, A: SeqAccess<'de>>(list: A) -> Result<Found<Self>, A::Error> {
+        let (addresses, wrong) = Vec::<Option<Address>>::list(list)?;
+        Ok((Self(addresses.into_iter().next().flatten()), wrong))
+    }
+}
+
+enum Address {
+    Ip(IpAddr),
+    Other(String),
+}
+
+impl Field for Option<Address> {
+    const EXPECTED: &'static str = "a string";
+
+    fn text(text: &str) -> Result<Self, Wrong> {
+        Ok(Some(parse_ip(text).map_or_else(|| Address::Other(text.to_owned()), Address::Ip)))
+    }
+}
+
+#[derive(Default)]
+struct Conditions {
+    ready: Option<bool>,
+    serving: Option<bool>,
+    terminating: Option<bool>,
+}
+
+impl Field for Conditions {
+    const EXPECTED: &'static str = "EndpointConditions";
+
+    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
+        mapping(map, &["ready", "serving", "terminating"], |out: &mut Self, key, value| {
+            match key {
+                "ready" => out.ready = value.read()?,
+                "serving" => out.serving = value.read()?,
+                _ => out.terminating = value.read()?,
+            }
+            Ok(())
+        })
+    }
+}
+
+impl Field for Hints {
+    const EXPECTED: &'static str = "EndpointHints";
+
+    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
+        mapping(map, &["forNodes", "forZones"], |out: &mut Self, key, value| {
+            let hints = value.read::<Vec<Hint>>()?.into_iter().map(|hint| hint.0).collect();
+            if key == "forNodes" {
+                out.nodes = hints
+            } else {
+                out.zones = hints
+            }
+            Ok(())
+        })
+    }
+}
+
+#[derive(Default)]
+struct Hint(Name);
+
+impl Field for Hint {
+    const EXPECTED: &'static str = "ForZone or ForNode";
+
+    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
+        mapping(map, &["name"], |out: &mut Self, _, value| {
+            out.0 = value.read::<Option<Name>>()?.unwrap_or_default();
+            Ok(())
+        })
+    }
+}
+
+fn slice(key: ObjectKey, service: Option<Name>, given: Given) -> Slice {
     let mut problems = Problems::of("EndpointSlice", &key);
-    let service = object
-        .metadata
-        .labels
-        .as_ref()
-        .and_then(|labels| labels.get(SERVICE_NAME_LABEL))
-        .filter(|name| !name.is_empty())
-        .map(Name::from);
-    let family = match object.address_type.as_str() {
+    let service = service.filter(|name| !name.is_empty());
+    let family = match given.address_type.as_deref().unwrap_or_default() {
         "IPv4" => Some(Family::V4),
         "IPv6" => Some(Family::V6),
         "FQDN" => None,
@@ -33,25 +218,19 @@ pub fn slice(object: &discovery::EndpointSlice) -> Slice {
             None
         }
     };
-    let ports = ports(object.ports.as_deref().unwrap_or_default(), &mut problems);
+    let ports = ports(given.ports, &mut problems).into();
     let endpoints = family.map_or_else(Vec::new, |family| {
-        object
-            .endpoints
-            .iter()
-            .flatten()
-            .enumerate()
-            .filter_map(|(i, endpoint)| self::endpoint(i, endpoint, family, &mut problems))
-            .collect()
+        let given = given.endpoints.into_iter().enumerate();
+        given.filter_map(|(i, given)| endpoint(i, given, family, &mut problems)).collect()
     });
-    let (ports, endpoints) = (ports.into(), endpoints.into());
-    Slice { key, service, family, ports, endpoints, problems: problems.finish() }
+    Slice { key, service, family, ports, endpoints: endpoints.into(), problems: problems.finish() }
 }
 
 /// E4: only ports with a name and a number count.
-fn ports(ports: &[discovery::EndpointPort], problems: &mut Problems) -> Vec<SlicePort> {
-    let mut out = Vec::with_capacity(ports.len());
-    for (i, port) in ports.iter().enumerate() {
-        let (Some(name), Some(number)) = (&port.name, port.port.filter(|&number| number != 0)) else {
+fn ports(given: Vec<Port>, problems: &mut Problems) -> Vec<SlicePort> {
+    let mut out = Vec::with_capacity(given.len());
+    for (i, port) in given.into_iter().enumerate() {
+        let (Some(name), Some(number)) = (port.name, port.port.filter(|&number| number != 0)) else {
             continue;
         };
         let Some(protocol) = protocol(port.protocol.as_deref()) else {
@@ -69,7 +248,7 @@ fn ports(ports: &[discovery::EndpointPort], problems: &mut Problems) -> Vec<Slic
             );
             continue;
         };
-        let port = SlicePort { name: name.into(), protocol, port };
+        let port = SlicePort { name, protocol, port };
         if !out.contains(&port) {
             out.push(port);
         }
@@ -78,54 +257,35 @@ fn ports(ports: &[discovery::EndpointPort], problems: &mut Problems) -> Vec<Slic
 }
 
 /// E6, E7, E12.
-fn endpoint(
-    i: usize,
-    endpoint: &discovery::Endpoint,
-    family: Family,
-    problems: &mut Problems,
-) -> Option<SliceEndpoint> {
-    let Some(text) = endpoint.addresses.first() else {
-        problems.add(format_args!("endpoints[{i}].addresses"), "empty; the endpoint is ignored");
-        return None;
-    };
-    let Some(address) = parse_ip(text) else {
+fn endpoint(i: usize, given: Endpoint, family: Family, problems: &mut Problems) -> Option<SliceEndpoint> {
+    let mut ignored = |field: &str, why: std::fmt::Arguments<'_>| {
         problems.add(
-            format_args!("endpoints[{i}].addresses[0]"),
-            format_args!("{text:?} is not an IP address; the endpoint is ignored"),
+            format_args!("endpoints[{i}].addresses{field}"),
+            format_args!("{why}; the endpoint is ignored"),
         );
-        return None;
+        None
+    };
+    let address = match given.address.0 {
+        None => return ignored("", format_args!("empty")),
+        Some(Address::Other(text)) => return ignored("[0]", format_args!("{text:?} is not an IP address")),
+        Some(Address::Ip(address)) => address,
     };
     if Family::of(&address) != family {
-        problems.add(
-            format_args!("endpoints[{i}].addresses[0]"),
-            format_args!(
-                "{address} is not of the slice's addressType {}; the endpoint is ignored",
-                family.name()
-            ),
-        );
-        return None;
+        let family = family.name();
+        return ignored("[0]", format_args!("{address} is not of the slice's addressType {family}"));
     }
     if let Some(why) = unusable_as_endpoint(&address) {
-        problems.add(
-            format_args!("endpoints[{i}].addresses[0]"),
-            format_args!("{address} cannot be an endpoint: {why}; the endpoint is ignored"),
-        );
-        return None;
+        return ignored("[0]", format_args!("{address} cannot be an endpoint: {why}"));
     }
-    let conditions = endpoint.conditions.as_ref();
-    let name = |name: &String| (!name.is_empty()).then(|| Name::from(name));
-    let hints = endpoint.hints.as_ref().map(|hints| Hints {
-        nodes: hints.for_nodes.iter().flatten().map(|hint| Name::from(&hint.name)).collect(),
-        zones: hints.for_zones.iter().flatten().map(|hint| Name::from(&hint.name)).collect(),
-    });
+    let name = |name: Option<Name>| name.filter(|name| !name.is_empty());
     Some(SliceEndpoint {
         address,
-        node: endpoint.node_name.as_ref().and_then(name),
-        zone: endpoint.zone.as_ref().and_then(name),
+        node: name(given.node),
+        zone: name(given.zone),
         // E7: serving does not follow ready.
-        ready: conditions.and_then(|c| c.ready).unwrap_or(true),
-        serving: conditions.and_then(|c| c.serving).unwrap_or(true),
-        terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
-        hints: hints.filter(|hints| *hints != Hints::default()).map(Box::new),
+        ready: given.conditions.ready.unwrap_or(true),
+        serving: given.conditions.serving.unwrap_or(true),
+        terminating: given.conditions.terminating.unwrap_or(false),
+        hints: Some(given.hints).filter(|hints| *hints != Hints::default()).map(Box::new),
     })
 }

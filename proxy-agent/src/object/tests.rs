@@ -1,9 +1,12 @@
 //! Rules of semantics.md as they show in what is read of an object.
 
-use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
 use serde_json::{Value, json};
 
 use super::*;
+
+fn read<T: Readable>(object: Value) -> T {
+    serde_json::from_value::<Reading<T>>(object).unwrap().content.unwrap()
+}
 
 /// A Service with these fields of its spec in place of the usual ones.
 fn svc(spec: Value) -> Service {
@@ -19,12 +22,11 @@ fn svc_with_status(spec: Value, status: Value) -> Service {
     for (field, value) in spec.as_object().unwrap() {
         full[field] = value.clone();
     }
-    let object: core::Service = serde_json::from_value(json!({
+    let object = json!({
         "metadata": {"namespace": "ns", "name": "a", "creationTimestamp": "1970-01-01T00:01:40Z"},
         "spec": full, "status": status,
-    }))
-    .unwrap();
-    service(&object)
+    });
+    read(object)
 }
 
 fn slice_of(fields: Value) -> Slice {
@@ -35,8 +37,7 @@ fn slice_of(fields: Value) -> Slice {
     for (field, value) in fields.as_object().unwrap() {
         full[field] = value.clone();
     }
-    let object: discovery::EndpointSlice = serde_json::from_value(full).unwrap();
-    slice(&object)
+    read(full)
 }
 
 fn strings(list: impl IntoIterator<Item = impl ToString>) -> Vec<String> {
@@ -387,8 +388,7 @@ fn e7_e8_conditions_and_node() {
 /// P7, N2, M1: what is read of a Node.
 #[test]
 fn p7_n2_m1_node() {
-    let read = |value: Value| node(&serde_json::from_value::<core::Node>(value).unwrap());
-    let n = read(json!({
+    let n: Node = read(json!({
         "metadata": {"name": "n1", "namespace": "odd", "labels": {"topology.kubernetes.io/zone": "a"}},
         "spec": {"podCIDR": "10.9.0.0/24", "podCIDRs": ["10.1.0.1/24", "bad", "fd00::/64"]},
         "status": {"addresses": [
@@ -402,7 +402,7 @@ fn p7_n2_m1_node() {
     assert_eq!(strings(&n.pod_cidrs), ["10.1.0.0/24", "fd00::/64"]);
     assert_eq!(fields(&n.problems), ["status.addresses[4].address", "spec.podCIDRs[1]"]);
     assert_eq!(n.problems[0].object, "Node n1");
-    let n = read(
+    let n: Node = read(
         json!({"metadata": {"name": "n1", "labels": {"topology.kubernetes.io/zone": ""}}, "spec": {"podCIDR": "10.9.0.0/24"}}),
     );
     assert_eq!((n.zone, strings(&n.pod_cidrs)), (None, vec!["10.9.0.0/24".into()]));

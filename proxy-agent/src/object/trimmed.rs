@@ -8,6 +8,8 @@ use serde::de::{
 };
 use serde_json::{Map, Value};
 
+use super::Mismatch;
+
 /// Mappings and lists of these names are left out, wherever they are. A text of such a name stays: a label may have it.
 const LEFT_OUT: [&str; 4] = ["managedFields", "ownerReferences", "annotations", "targetRef"];
 
@@ -26,10 +28,8 @@ impl<'de> Deserialize<'de> for Trimmed {
 ///
 /// # Errors
 /// With the field.
-pub(crate) fn typed<T: DeserializeOwned>(
-    value: &Value,
-) -> Result<T, serde_path_to_error::Error<serde_json::Error>> {
-    T::deserialize(value).or_else(|_| serde_path_to_error::deserialize(value))
+pub(crate) fn typed<T: DeserializeOwned>(value: &Value) -> Result<T, Mismatch> {
+    T::deserialize(value).or_else(|_| Ok(serde_path_to_error::deserialize(value)?))
 }
 
 /// Makes a value of what comes; of mappings and lists only if they are kept.

@@ -132,7 +132,10 @@ pub fn pod(object: &core::Pod) -> Pod {
         .collect();
 
     Pod {
-        key: object::key(&object.metadata),
+        key: ObjectKey::new(
+            object.metadata.namespace.as_deref().unwrap_or_default(),
+            object.metadata.name.as_deref().unwrap_or_default(),
+        ),
         labels: object.metadata.labels.clone().unwrap_or_default(),
         addresses,
         node: spec.and_then(|s| s.node_name.as_deref()).filter(|name| !name.is_empty()).map(Name::from),
@@ -332,10 +335,9 @@ mod tests {
         for (field, value) in spec.as_object().unwrap() {
             full[field] = value.clone();
         }
-        let object: core::Service =
-            serde_json::from_value(json!({"metadata": {"namespace": "ns", "name": "web"}, "spec": full}))
-                .unwrap();
-        selection(&object, &object::service(&object))
+        let value = json!({"metadata": {"namespace": "ns", "name": "web"}, "spec": full});
+        let service: object::Reading<Service> = serde_json::from_value(value.clone()).unwrap();
+        selection(&serde_json::from_value(value).unwrap(), &service.content.unwrap())
     }
 
     /// A ready Pod with label `app: web` and two addresses, changed by JSON pointers.

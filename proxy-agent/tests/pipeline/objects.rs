@@ -4,9 +4,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
-use proxy_agent::object::{self, Change, Delta, ObjectKey, Problem, Read, Unreadable};
-use serde::de::DeserializeOwned;
+use proxy_agent::object::{Change, Delta, ObjectKey, Problem, Readable, Reading, Unreadable};
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 /// Kind and `namespace/name`, or the name alone for a Node.
@@ -86,28 +85,23 @@ pub(crate) fn change((id, object): &Event) -> Change {
         "EndpointSlice" if has_label("service.kubernetes.io/headless") => {
             Change::Slice(Delta::Delete(id.key()))
         }
-        "Service" => {
-            Change::Service(delta(id, object.as_ref(), |object: core::Service| object::service(&object)))
-        }
-        "EndpointSlice" => Change::Slice(delta(id, object.as_ref(), |object: discovery::EndpointSlice| {
-            object::slice(&object)
-        })),
-        "Node" => Change::Node(delta(id, object.as_ref(), |object: core::Node| object::node(&object))),
+        "Service" => Change::Service(delta(id, object.as_ref())),
+        "EndpointSlice" => Change::Slice(delta(id, object.as_ref())),
+        "Node" => Change::Node(delta(id, object.as_ref())),
         other => panic!("{other} is read by no one"),
     }
 }
 
-fn delta<Api: DeserializeOwned, T>(id: &Id, object: Option<&Value>, slim: impl Fn(Api) -> T) -> Delta<T> {
+fn delta<T: Readable>(id: &Id, object: Option<&Value>) -> Delta<T> {
     let Some(object) = object else { return Delta::Delete(id.key()) };
-    let read: Read<T> =
-        serde_path_to_error::deserialize(object).map(slim).map(Arc::new).map_err(|error| Unreadable {
-            key: Some(id.key()),
-            problem: Problem {
-                object: format!("{} {}", id.0, id.1),
-                field: error.path().to_string(),
-                message: error.inner().to_string(),
-            },
-        });
+    let read = Reading::deserialize(object).unwrap().content.map(Arc::new).map_err(|mismatch| Unreadable {
+        key: Some(id.key()),
+        problem: Problem {
+            object: format!("{} {}", id.0, id.1),
+            field: mismatch.field(),
+            message: mismatch.message().to_owned(),
+        },
+    });
     Delta::Apply(read)
 }
 

@@ -4,19 +4,16 @@ use std::cell::Cell;
 use std::fmt;
 use std::sync::Arc;
 
-use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
-use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use k8s_openapi::api::core::v1 as core;
+use serde::de::{Deserialize, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
-use serde_path_to_error::Segment;
 use tracing::debug;
 
-use crate::object::{self, ObjectKey, Problem, Slice, Trimmed, Unreadable, typed};
+use crate::object::{
+    self, Mismatch, ObjectKey, Problem, Readable, Reading, Slice, Step, Trimmed, Unreadable, format_path,
+    typed,
+};
 use crate::source::derive::{self, Pod, Selection};
-
-/// S3: a Service with this label belongs to another proxy.
-const OTHER_PROXY_LABEL: &str = "service.kubernetes.io/service-proxy-name";
-/// S3: a slice with this label is of a headless Service.
-const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 
 /// Deep enough for any object, shallow enough that no document exhausts the stack.
 const MAX_DEPTH: usize = 64;
@@ -263,13 +260,6 @@ impl<'a> Document<'a> {
     }
 }
 
-/// A step towards a field.
-#[derive(Clone, PartialEq, Eq, Debug)]
-enum Step {
-    Key(String),
-    Index(usize),
-}
-
 impl Document<'_> {
     /// Reads one object, or the items of a list. `path` leads to it; `list_kind` is what a typed list says of its items.
     fn read(&self, mut value: Value, path: &[Step], list_kind: Option<Kind>, out: &mut Parsed) {
@@ -348,8 +338,8 @@ impl Document<'_> {
                 out.entries.push(Entry { id, object, line: self.line });
             }
             Err(error) => {
-                let steps = steps(error.path());
-                out.broken.push(broken(Some(id), &steps, error.inner().to_string()));
+                let message = error.message().to_owned();
+                out.broken.push(broken(Some(id), &error.into_steps(), message));
             }
         }
     }
@@ -430,60 +420,30 @@ fn normalise(value: &mut Value, id: &Id) {
     }
 }
 
-fn object(value: &Value, kind: Kind) -> Result<Object, serde_path_to_error::Error<serde_json::Error>> {
+fn object(value: &Value, kind: Kind) -> Result<Object, Mismatch> {
     Ok(match kind {
-        Kind::Node => Object::Node(Arc::new(object::node(&typed::<core::Node>(value)?))),
+        Kind::Node => Object::Node(Arc::new(reading(value)?.content?)),
         Kind::Pod => Object::Pod(Arc::new(derive::pod(&typed::<core::Pod>(value)?))),
         Kind::Service => {
-            let service: core::Service = typed(value)?;
-            if has_label(service.metadata.labels.as_ref(), OTHER_PROXY_LABEL) {
-                Object::Excluded
-            } else {
-                let slim = object::service(&service);
-                let selection = derive::selection(&service, &slim).map(Arc::new);
-                Object::Service(Arc::new(slim), selection)
+            let Reading { excluded, content, .. } = reading(value)?;
+            let service = content?;
+            if excluded {
+                return Ok(Object::Excluded);
             }
+            let selects = value.pointer("/spec/selector").is_some_and(|selector| !selector.is_null());
+            let selection = if selects { derive::selection(&typed(value)?, &service) } else { None };
+            Object::Service(Arc::new(service), selection.map(Arc::new))
         }
         Kind::Slice => {
-            let slice: discovery::EndpointSlice = typed(value)?;
-            if has_label(slice.metadata.labels.as_ref(), HEADLESS_LABEL) {
-                Object::Excluded
-            } else {
-                Object::Slice(Arc::new(object::slice(&slice)))
-            }
+            let Reading { excluded, content, .. } = reading(value)?;
+            let slice = content?;
+            if excluded { Object::Excluded } else { Object::Slice(Arc::new(slice)) }
         }
     })
 }
 
-fn has_label(labels: Option<&object::Labels>, label: &str) -> bool {
-    labels.is_some_and(|labels| labels.contains_key(label))
-}
-
-fn steps(path: &serde_path_to_error::Path) -> Vec<Step> {
-    path.iter()
-        .filter_map(|segment| match segment {
-            Segment::Seq { index } => Some(Step::Index(*index)),
-            Segment::Map { key } => Some(Step::Key(key.clone())),
-            Segment::Enum { variant } => Some(Step::Key(variant.clone())),
-            Segment::Unknown => None,
-        })
-        .collect()
-}
-
-fn format_path(steps: &[Step]) -> String {
-    let mut out = String::new();
-    for step in steps {
-        match step {
-            Step::Key(key) => {
-                if !out.is_empty() {
-                    out.push('.');
-                }
-                out.push_str(key);
-            }
-            Step::Index(index) => out.push_str(&format!("[{index}]")),
-        }
-    }
-    out
+fn reading<T: Readable>(value: &Value) -> Result<Reading<T>, Mismatch> {
+    Reading::deserialize(value).map_err(Mismatch::of_object)
 }
 
 /// Walks a document down a path and notes the line of what is at its end.
@@ -498,7 +458,7 @@ impl<'de> DeserializeSeed<'de> for Locate<'_> {
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
         if self.path.is_empty() {
-            let spanned: serde_saphyr::Spanned<IgnoredAny> = serde::Deserialize::deserialize(deserializer)?;
+            let spanned: serde_saphyr::Spanned<IgnoredAny> = Deserialize::deserialize(deserializer)?;
             self.found.set(Some(spanned.referenced.line()));
             Ok(())
         } else {

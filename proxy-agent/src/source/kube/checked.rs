@@ -5,18 +5,16 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use ::kube::Resource;
-use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
+use k8s_openapi::api::{core::v1 as core, discovery::v1::EndpointSlice};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
-use serde_json::Value;
 
-use crate::object::{self, Node, ObjectKey, Problem, Read, Service, Slice, Trimmed, Unreadable, typed};
+use crate::object::{Name, Node, ObjectKey, Problem, Read, Readable, Reading, Service, Slice, Unreadable};
 
 /// A slim type and what it is made of.
-pub(super) trait Slim: Clone + Debug + Send + Sync + 'static {
+pub(super) trait Slim: Readable + Clone + Debug + Send + Sync + 'static {
     /// The API's type.
-    type Api: Resource<DynamicType = ()> + DeserializeOwned;
+    type Api: Resource<DynamicType = ()>;
     /// Its name, for people.
     const KIND: &'static str;
     /// What follows if it may not be read.
@@ -25,7 +23,6 @@ pub(super) trait Slim: Clone + Debug + Send + Sync + 'static {
     fn plural() -> String {
         Self::Api::plural(&()).into_owned()
     }
-    fn slim(object: &Self::Api) -> Self;
 }
 
 impl Slim for Service {
@@ -33,19 +30,13 @@ impl Slim for Service {
     const KIND: &'static str = "Service";
     const LOSS: &'static str =
         "without Services nothing is programmed at the start, and later nothing changes";
-    fn slim(object: &core::Service) -> Self {
-        object::service(object)
-    }
 }
 
 impl Slim for Slice {
-    type Api = discovery::EndpointSlice;
+    type Api = EndpointSlice;
     const KIND: &'static str = "EndpointSlice";
     const LOSS: &'static str = "without EndpointSlices nothing is programmed at the start, and later connections go to \
                                 endpoints that may be gone";
-    fn slim(object: &discovery::EndpointSlice) -> Self {
-        object::slice(object)
-    }
 }
 
 impl Slim for Node {
@@ -53,9 +44,6 @@ impl Slim for Node {
     const KIND: &'static str = "Node";
     const LOSS: &'static str = "without the own Node nothing is programmed at the start, and later its zone (hints), its \
                                 addresses (NodePorts) and its pod ranges (externalTrafficPolicy) stay as they were";
-    fn slim(object: &core::Node) -> Self {
-        object::node(object)
-    }
 }
 
 /// What the watcher sees of an object: a name and a version; and what the agent sees: the slim type, or why not.
@@ -67,7 +55,8 @@ pub(super) struct Checked<T> {
 
 impl<T> Checked<T> {
     pub(super) fn key(&self) -> ObjectKey {
-        object::key(&self.metadata)
+        let text = |part: &Option<String>| Name::from(part.as_deref().unwrap_or_default());
+        ObjectKey { namespace: text(&self.metadata.namespace), name: text(&self.metadata.name) }
     }
 
     pub(super) fn read(self) -> Read<T> {
@@ -75,30 +64,28 @@ impl<T> Checked<T> {
     }
 }
 
-/// One object that does not decode would fail the whole list, for ever. So it is first read as what it certainly is, a
-/// JSON value, and then as its type.
+/// One object that does not decode would fail the whole list, for ever; so it is read whatever it is.
 impl<'de, T: Slim> Deserialize<'de> for Checked<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let Trimmed(value) = Trimmed::deserialize(deserializer)?;
-        let text = |field| value.pointer(field).and_then(Value::as_str).map(str::to_owned);
-        // Only this of it is the watcher's.
-        let metadata = ObjectMeta {
-            name: text("/metadata/name"),
-            namespace: text("/metadata/namespace"),
-            resource_version: text("/metadata/resourceVersion"),
-            ..ObjectMeta::default()
-        };
-        let read = typed(&value).map(|object| Arc::new(T::slim(&object))).map_err(|error| {
-            let key = object::key(&metadata);
+        let Reading { metadata, content, .. } = Reading::<T>::deserialize(deserializer)?;
+        let read = content.map(Arc::new).map_err(|mismatch| {
+            let key = metadata.key();
             Unreadable {
                 problem: Problem {
                     object: format!("{} {key}", T::KIND),
-                    field: error.path().to_string(),
-                    message: format!("{}; the last good state stays in force", error.inner()),
+                    field: mismatch.field(),
+                    message: format!("{}; the last good state stays in force", mismatch.message()),
                 },
                 key: Some(key).filter(|key| !key.name.is_empty()),
             }
         });
+        // Only this of it is the watcher's.
+        let metadata = ObjectMeta {
+            name: metadata.name,
+            namespace: metadata.namespace,
+            resource_version: metadata.resource_version,
+            ..ObjectMeta::default()
+        };
         Ok(Self { metadata, read })
     }
 }
