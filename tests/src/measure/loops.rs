@@ -305,11 +305,17 @@ impl Looks {
         let nobody =
             libc::sockaddr { sa_family: AddressFamily::Unspec as libc::sa_family_t, sa_data: [0; 14] };
         let length = libc::socklen_t::try_from(size_of_val(&nobody))?;
-        // SAFETY: an address of this length, which lives during the call.
-        let result = unsafe { libc::connect(self.socket.as_raw_fd(), &raw const nobody, length) };
-        Errno::result(result).context("connect to nobody (UDP)")?;
-        connect(self.socket.as_raw_fd(), &self.to).context("connect (UDP)")?;
-        Ok(self.socket.local_addr().context("getsockname")?.ip().to_string())
+        loop {
+            // SAFETY: an address of this length, which lives during the call.
+            let result = unsafe { libc::connect(self.socket.as_raw_fd(), &raw const nobody, length) };
+            Errno::result(result).context("connect to nobody (UDP)")?;
+            connect(self.socket.as_raw_fd(), &self.to).context("connect (UDP)")?;
+            let source = self.socket.local_addr().context("getsockname")?.ip();
+            // Its endpoint is gone, and this socket of all was closed in between (B5).
+            if !source.is_unspecified() {
+                return Ok(source.to_string());
+            }
+        }
     }
 }
 
