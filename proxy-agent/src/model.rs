@@ -4,7 +4,7 @@ mod store;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -30,7 +30,7 @@ pub struct Model {
     services: Store<Service>,
     slices: Store<Slice>,
     /// Slices of each Service, also of Services that are not there yet or no more (E3).
-    slices_of: BTreeMap<ObjectKey, Vec<ObjectKey>>,
+    slices_of: HashMap<ObjectKey, Vec<ObjectKey>>,
     nodes: NodeState,
     /// Resources of the API server that are not followed now, and why.
     not_followed: BTreeMap<String, String>,
@@ -58,7 +58,7 @@ impl Model {
         Self {
             services: Store::default(),
             slices: Store::default(),
-            slices_of: BTreeMap::new(),
+            slices_of: HashMap::new(),
             nodes: NodeState::default(),
             not_followed: BTreeMap::new(),
             own_addresses,
@@ -184,7 +184,7 @@ impl Model {
         std::mem::take(&mut self.dirty)
     }
 
-    /// All Services, also those that are not proxied.
+    /// All Services, also those that are not proxied, in no order.
     pub fn services(&self) -> impl Iterator<Item = &ObjectKey> {
         self.services.keys()
     }

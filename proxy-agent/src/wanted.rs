@@ -58,7 +58,8 @@ impl Wanted {
 
     /// All service ports, sorted by key.
     pub fn all<'a>(&'a self, model: &'a Model) -> impl Iterator<Item = Resolved> + 'a {
-        model.services().flat_map(|key| self.service(model, key))
+        let services: BTreeSet<&ObjectKey> = model.services().collect();
+        services.into_iter().flat_map(|key| self.service(model, key))
     }
 
     /// The service port that a VIP:port/protocol belongs to.

@@ -1,6 +1,6 @@
 //! All objects of one kind, each in its last good state.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use crate::object::{Delta, ObjectKey, Problem, Read, Service, Slice};
@@ -79,7 +79,7 @@ pub(super) const MAX_NAMELESS: usize = 100;
 /// All objects of one kind.
 #[derive(Debug)]
 pub(super) struct Store<T> {
-    objects: BTreeMap<ObjectKey, Arc<T>>,
+    objects: HashMap<ObjectKey, Arc<T>>,
     /// Newest state cannot be read; `objects` has the last good one, if there was one.
     unreadable: BTreeMap<ObjectKey, Problem>,
     nameless: BTreeSet<Problem>,
@@ -90,7 +90,7 @@ pub(super) struct Store<T> {
 impl<T> Default for Store<T> {
     fn default() -> Self {
         Self {
-            objects: BTreeMap::new(),
+            objects: HashMap::new(),
             unreadable: BTreeMap::new(),
             nameless: BTreeSet::new(),
             complete: false,
@@ -103,6 +103,7 @@ impl<T: Object> Store<T> {
         self.objects.get(key).map(Arc::as_ref)
     }
 
+    /// In no order.
     pub(super) fn keys(&self) -> impl Iterator<Item = &ObjectKey> {
         self.objects.keys()
     }
@@ -132,7 +133,7 @@ impl<T: Object> Store<T> {
                 // Q7: the only place where absence counts.
                 changed.extend(old.into_iter().map(|(key, object)| (key, Some(object))));
             }
-            Delta::Apply(read) => self.take_in(read, &mut BTreeMap::new(), &mut changed),
+            Delta::Apply(read) => self.take_in(read, &mut HashMap::new(), &mut changed),
             Delta::Delete(key) => {
                 self.unreadable.remove(&key);
                 if let Some(old) = self.objects.remove(&key) {
@@ -147,7 +148,7 @@ impl<T: Object> Store<T> {
     fn take_in(
         &mut self,
         read: Read<T>,
-        old: &mut BTreeMap<ObjectKey, Arc<T>>,
+        old: &mut HashMap<ObjectKey, Arc<T>>,
         changed: &mut Vec<(ObjectKey, Option<Arc<T>>)>,
     ) {
         match read {

@@ -1,21 +1,26 @@
 //! Names, each in memory once: that of a Service is in a dozen places, that of a node on all of its endpoints.
 
 use std::borrow::Borrow;
+use std::cmp::Ordering;
 use std::collections::HashSet;
 use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Serialize, Serializer};
 
 /// A name, or another text that comes up again and again. One pointer: there are many more of these than texts.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+///
+/// Equal ones are the same one, and hashed as such: who looks for one among many need not read any, and most of what an
+/// agent at rest has in memory is in no cache.
+#[derive(Clone)]
 pub struct Name(Arc<Box<str>>);
 
 /// All names.
 #[derive(Default)]
 struct Known {
-    names: HashSet<Name>,
+    names: HashSet<ByText>,
     /// When so many are known, those that nobody uses any more are forgotten.
     look_at: usize,
 }
@@ -34,17 +39,66 @@ impl Name {
 
 impl Known {
     fn get(&mut self, text: &str) -> Name {
-        if let Some(name) = self.names.get(text) {
+        if let Some(ByText(name)) = self.names.get(text) {
             return name.clone();
         }
         if self.names.len() >= self.look_at {
-            self.names.retain(|name| Arc::strong_count(&name.0) > 1);
+            self.names.retain(|ByText(name)| Arc::strong_count(&name.0) > 1);
             // Not before as many are new: so a name costs the same, however many there are.
             self.look_at = FEW.max(self.names.len() * 2);
         }
         let name = Name(Arc::new(text.into()));
-        self.names.insert(name.clone());
+        self.names.insert(ByText(name.clone()));
         name
+    }
+}
+
+/// A name where it is looked for by its text.
+struct ByText(Name);
+
+impl PartialEq for ByText {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.as_str() == other.0.as_str()
+    }
+}
+
+impl Eq for ByText {}
+
+impl Hash for ByText {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.as_str().hash(state);
+    }
+}
+
+impl Borrow<str> for ByText {
+    fn borrow(&self) -> &str {
+        &self.0
+    }
+}
+
+impl PartialEq for Name {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Name {}
+
+impl Hash for Name {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        Arc::as_ptr(&self.0).hash(state);
+    }
+}
+
+impl PartialOrd for Name {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Name {
+    fn cmp(&self, other: &Self) -> Ordering {
+        if self == other { Ordering::Equal } else { self.as_str().cmp(other) }
     }
 }
 
@@ -88,12 +142,6 @@ impl Deref for Name {
     }
 }
 
-impl Borrow<str> for Name {
-    fn borrow(&self) -> &str {
-        self
-    }
-}
-
 impl PartialEq<str> for Name {
     fn eq(&self, text: &str) -> bool {
         **self == *text
@@ -132,11 +180,12 @@ mod tests {
     fn a_name_is_in_memory_once_and_only_while_it_is_used() {
         let mut known = Known::default();
         let (a, b) = (known.get("a"), known.get(&String::from("a")));
-        assert!(Arc::ptr_eq(&a.0, &b.0));
+        assert_eq!(a, b);
+        assert_ne!(a, known.get("b"));
         for number in 0..10 * FEW {
             known.get(&number.to_string());
         }
         assert!(known.names.len() <= FEW, "{}", known.names.len());
-        assert!(Arc::ptr_eq(&a.0, &known.get("a").0));
+        assert_eq!(a, known.get("a"));
     }
 }

@@ -382,7 +382,10 @@ fn e7_e8_conditions_and_node() {
     assert_eq!((s.endpoints[1].node.clone(), s.endpoints[1].zone.clone()), (None, None));
     let last = &s.endpoints[2];
     assert_eq!((last.node.as_deref(), last.zone.as_deref()), (Some("n1"), Some("a")));
-    assert_eq!((last.zone_hints().join(","), last.node_hints().join(",")), ("a,b".into(), "n1".into()));
+    assert_eq!(
+        (strings(last.zone_hints()).join(","), strings(last.node_hints()).join(",")),
+        ("a,b".into(), "n1".into())
+    );
 }
 
 /// P7, N2, M1: what is read of a Node.

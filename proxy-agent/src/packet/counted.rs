@@ -1,14 +1,15 @@
 //! Which keys are wanted by at least one Service. A change costs what the changed Service's own keys cost.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeSet, HashMap};
+use std::hash::Hash;
 
 use crate::object::ObjectKey;
 
 /// See the module. Keys are taken before a Service's frontends are written and given back after they are removed.
 #[derive(Debug)]
 pub(super) struct Counted<K> {
-    by_service: BTreeMap<ObjectKey, Keys<K>>,
-    counts: BTreeMap<K, u32>,
+    by_service: HashMap<ObjectKey, Keys<K>>,
+    counts: HashMap<K, u32>,
 }
 
 /// All of them are counted. Lists: of most Services that is one key, and there are many Services.
@@ -22,11 +23,11 @@ struct Keys<K> {
 
 impl<K> Default for Counted<K> {
     fn default() -> Self {
-        Self { by_service: BTreeMap::new(), counts: BTreeMap::new() }
+        Self { by_service: HashMap::new(), counts: HashMap::new() }
     }
 }
 
-impl<K: Ord + Copy> Counted<K> {
+impl<K: Ord + Hash + Copy> Counted<K> {
     /// A Service wants these; what it had before stays until [`Self::give_back`]. Returns keys that nobody wanted before.
     pub(super) fn take(&mut self, service: &ObjectKey, wanted: BTreeSet<K>) -> Vec<K> {
         let mut new = Vec::new();

@@ -3,7 +3,7 @@
 //! A VIP's place in the filter is set before its frontend is written, and cleared when neither a frontend nor a connection
 //! needs it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::IpAddr;
 
 use proxy_common::abi::Address;
@@ -27,7 +27,7 @@ pub(super) struct Vips {
     lingering: BTreeMap<usize, bool>,
     cluster_ips: Table<Address, u32>,
     cluster_ips_wanted: Counted<IpAddr>,
-    cluster_ips_written: BTreeSet<IpAddr>,
+    cluster_ips_written: HashSet<IpAddr>,
     /// Those that may be written otherwise than wanted.
     unsure: BTreeSet<IpAddr>,
     own: BTreeSet<IpAddr>,
@@ -119,8 +119,8 @@ impl Vips {
         };
         let (here, gone): (BTreeSet<IpAddr>, BTreeSet<IpAddr>) =
             std::mem::take(&mut self.unsure).into_iter().partition(wanted);
-        let new: Vec<(Address, u32)> =
-            here.difference(&self.cluster_ips_written).map(|address| (Address::from(*address), 1)).collect();
+        let new = here.iter().filter(|address| !self.cluster_ips_written.contains(address));
+        let new: Vec<(Address, u32)> = new.map(|address| (Address::from(*address), 1)).collect();
         let failures: BTreeMap<usize, _> = self.cluster_ips.put_all(&new).into_iter().collect();
         let mut writes = 0;
         self.failure = None;

@@ -1,6 +1,6 @@
 //! What a former run left in the kernel: it goes on working, and is compared instead of written anew (Q1, Q2).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::net::SocketAddr;
 
@@ -9,6 +9,7 @@ use proxy_common::abi::{Backend, BackendId, ServiceId, SetWord};
 use super::members::Member;
 use super::pool::{Places, Runs};
 use super::port::{PortState, Run, SETS};
+use super::ports::Ports;
 use super::ranges::Ranges;
 use super::{Reconciler, References};
 use crate::dataplane::{Dataplane, RecordWord, Write};
@@ -21,7 +22,7 @@ impl Reconciler {
     /// If `FRONTENDS` or `SOURCE_RANGES` cannot be read.
     pub fn adopt(dataplane: &impl Dataplane) -> io::Result<Self> {
         let limits = dataplane.limits();
-        let frontends: BTreeMap<_, _> = dataplane.frontends()?.into_iter().collect();
+        let frontends: HashMap<_, _> = dataplane.frontends()?.into_iter().collect();
         let references = References::of(frontends.values().copied());
         // An id out of range names no record; place 0 is never given out.
         let ids: BTreeSet<ServiceId> =
@@ -58,7 +59,7 @@ impl Reconciler {
             .truncate(generations.iter().rposition(|generation| *generation != 0).map_or(0, |last| last + 1));
         Ok(Self {
             limits,
-            ports: BTreeMap::new(),
+            ports: Ports::default(),
             adopted,
             retired,
             service_ids: Places::adopt(limits.services, &ids),

@@ -81,7 +81,7 @@ impl Reconciler {
     fn everything(&self) -> Vec<Write> {
         let states = || {
             let retired = self.retired.iter().map(|(_, state)| state);
-            self.ports.values().map(Box::as_ref).chain(self.adopted.values()).chain(retired)
+            self.ports.iter().map(|(_, state)| state).chain(self.adopted.values()).chain(retired)
         };
         // Vacant places too: their generations keep stale ids from being believed. Tenants move in below.
         let vacant = (0..).zip(&self.generations).filter(|(_, generation)| **generation != 0);

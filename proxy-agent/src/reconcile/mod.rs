@@ -15,12 +15,13 @@ mod grow;
 mod members;
 mod pool;
 mod port;
+mod ports;
 mod ranges;
 #[cfg(test)]
 mod tests;
 mod wanted;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 
 use proxy_common::abi::{FrontendKey, FrontendValue, Origin, ServiceId, WhichSet};
@@ -35,6 +36,7 @@ pub use wanted::{WantedPort, bits};
 
 use pool::{Places, Runs};
 use port::PortState;
+use ports::Ports;
 use ranges::Ranges;
 
 /// Why a Service is not, or not fully, programmed. It is tried again.
@@ -128,8 +130,8 @@ struct References {
 }
 
 impl References {
-    fn of(values: impl Iterator<Item = FrontendValue>) -> BTreeMap<ServiceId, Self> {
-        let mut references: BTreeMap<ServiceId, Self> = BTreeMap::new();
+    fn of(values: impl Iterator<Item = FrontendValue>) -> HashMap<ServiceId, Self> {
+        let mut references: HashMap<ServiceId, Self> = HashMap::new();
         for value in values {
             references.entry(value.service()).or_default().count(value, |count| *count += 1);
         }
@@ -152,18 +154,17 @@ impl References {
 #[derive(Debug)]
 pub struct Reconciler {
     limits: Limits,
-    /// Boxed: a tree has room for nearly twice as many as there are.
-    ports: BTreeMap<ServicePortKey, Box<PortState>>,
+    ports: Ports,
     /// Records found in the kernel at start that no wanted service port has claimed yet.
     adopted: BTreeMap<ServiceId, PortState>,
     /// Records that no service port wants; they stay until no frontend points to them and they have rested.
     retired: Vec<(u64, PortState)>,
     /// `FRONTENDS` as written.
-    frontends: BTreeMap<FrontendKey, FrontendValue>,
+    frontends: HashMap<FrontendKey, FrontendValue>,
     /// Frontends that came to another record than before since [`Self::take_moved`].
     moved: BTreeMap<FrontendKey, ServiceId>,
     /// What points to a record.
-    references: BTreeMap<ServiceId, References>,
+    references: HashMap<ServiceId, References>,
     /// Frontends that a failed service port wants and that point elsewhere still: nobody else remembers them if it goes.
     astray: BTreeMap<FrontendKey, ServicePortKey>,
     /// Service ports with a set that they no longer use and that a frontend still asked for when last looked at.
@@ -367,7 +368,7 @@ impl Reconciler {
         self.frontends.get(key).map(FrontendValue::service)
     }
 
-    /// All frontends that are written.
+    /// All frontends that are written, in no order.
     pub fn frontends(&self) -> impl Iterator<Item = (FrontendKey, ServiceId)> {
         self.frontends.iter().map(|(key, value)| (*key, value.service()))
     }
@@ -398,13 +399,9 @@ impl Reconciler {
             .collect();
         let is_gone = |key: &&ServicePortKey| !wanted_ports.contains(key);
         if full {
-            return self.ports.keys().filter(is_gone).cloned().collect();
+            return self.ports.iter().map(|(key, _)| key).filter(is_gone).cloned().collect();
         }
-        let of_service = |service: &WantedService| {
-            let first = ServicePortKey::first_of(&service.key);
-            let key = service.key.clone();
-            self.ports.range(first..).map(|(key, _)| key).take_while(move |port| port.service == key)
-        };
+        let of_service = |service: &WantedService| self.ports.of(&service.key).iter().map(|(key, _)| key);
         wanted.iter().flat_map(of_service).filter(is_gone).cloned().collect()
     }
 

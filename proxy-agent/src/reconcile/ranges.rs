@@ -118,8 +118,8 @@ impl Reconciler {
     pub(super) fn shut_out_strays(&mut self, dataplane: &mut impl Dataplane) -> usize {
         let known: BTreeSet<ServiceId> = self
             .ports
-            .values()
-            .map(Box::as_ref)
+            .iter()
+            .map(|(_, state)| state)
             .chain(self.adopted.values())
             .chain(self.retired.iter().map(|(_, state)| state))
             .map(|state| state.id)

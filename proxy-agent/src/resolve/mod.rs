@@ -316,15 +316,3 @@ pub struct NodeFacts {
     /// What is odd, for the log and `sheave plan`.
     pub problems: Vec<Problem>,
 }
-
-impl ServicePortKey {
-    /// Sorts before every service port of this Service.
-    pub fn first_of(service: &ObjectKey) -> Self {
-        Self {
-            service: service.clone(),
-            port_name: Name::default(),
-            protocol: Protocol::Tcp,
-            family: Family::V4,
-        }
-    }
-}

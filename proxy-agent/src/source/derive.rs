@@ -224,7 +224,7 @@ impl Derive {
         let zone = zone.map(Name::from);
         let old = match zone.clone() {
             Some(zone) => self.zones.insert(node.into(), zone),
-            None => self.zones.remove(node),
+            None => self.zones.remove(&Name::from(node)),
         };
         if old != zone {
             // The zone of an endpoint is only shown: rare enough to compute all again.

@@ -423,21 +423,21 @@ impl Question<'_> {
     fn cluster_ip_of(&self, address: IpAddr) -> Option<String> {
         let family = Family::of(&address);
         let services = self.model.services().filter_map(|key| self.model.service(key));
-        let mut proxied = services.filter(|service| service.proxied);
-        let found = proxied.find(|service| *service.cluster_ip.get(family) == Some(address))?;
-        Some(found.key.to_string())
+        let proxied = services.filter(|service| service.proxied);
+        let found = proxied.filter(|service| *service.cluster_ip.get(family) == Some(address));
+        Some(found.map(|service| &service.key).min()?.to_string())
     }
 
     fn node_port_of(&self, number: u16) -> Option<String> {
         let services = self.model.services().filter_map(|key| self.model.service(key));
-        let mut proxied = services.filter(|service| service.proxied);
-        let found = proxied.find(|service| {
+        let proxied = services.filter(|service| service.proxied);
+        let found = proxied.filter(|service| {
             service
                 .ports
                 .iter()
                 .any(|port| port.node_port == Some(number) && port.protocol == self.to.protocol)
-        })?;
-        Some(found.key.to_string())
+        });
+        Some(found.map(|service| &service.key).min()?.to_string())
     }
 
     /// Which path gives the verdict on this node, and why.

@@ -19,7 +19,7 @@ use crate::source::derive::{self, Pod, Selection};
 const MAX_DEPTH: usize = 64;
 
 /// The kinds that are read.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub(super) enum Kind {
     Node,
     Service,
@@ -48,7 +48,7 @@ impl Kind {
 }
 
 /// Which object.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub(super) struct Id {
     pub(super) kind: Kind,
     pub(super) key: ObjectKey,

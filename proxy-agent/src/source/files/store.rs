@@ -1,6 +1,6 @@
 //! What all manifest files together say, and what changes when one of them does. No IO.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use tracing::{debug, warn};
@@ -12,7 +12,7 @@ use crate::source::derive::Derive;
 /// One file, as last read.
 #[derive(Default)]
 struct File {
-    objects: BTreeMap<Id, Object>,
+    objects: HashMap<Id, Object>,
     broken: Vec<Broken>,
 }
 
@@ -40,7 +40,7 @@ type Claimants = Vec<Name>;
 pub(super) struct Store {
     files: BTreeMap<String, File>,
     /// Which files have, or had when last readable, an object, or have a broken one of that name.
-    claims: BTreeMap<Id, Claimants>,
+    claims: HashMap<Id, Claimants>,
     derive: Derive,
 }
 
@@ -130,7 +130,9 @@ impl Store {
         let mut slices: Vec<Read<Slice>> = Vec::new();
         let keyless = self.files.values().flat_map(|f| &f.broken).filter(|b| b.id.is_none());
         services.extend(keyless.map(|broken| Err(broken.unreadable())));
-        for id in self.claims.keys() {
+        // In order, so that equal files give equal lists.
+        let ids: BTreeSet<&Id> = self.claims.keys().collect();
+        for id in ids {
             let said = self.say(id);
             let changes = match (&said.good, &said.broken) {
                 (Some(good), _) => application(id, good),
@@ -178,7 +180,7 @@ impl Store {
         let Some(Parsed { entries, broken }) = parsed else {
             return;
         };
-        let mut new = File { objects: BTreeMap::new(), broken };
+        let mut new = File { objects: HashMap::new(), broken };
         for Entry { id, object, line } in entries {
             if new.objects.contains_key(&id) {
                 warn!("{name}:{line}: {id}: there twice in this file; the first one counts");
