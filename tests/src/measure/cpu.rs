@@ -10,7 +10,9 @@ use nix::{
 };
 
 /// Keeps the calling thread on a CPU.
-pub(super) fn pin(cpu: Option<usize>) -> Result<()> {
+/// # Errors
+/// If there is no such CPU.
+pub fn pin(cpu: Option<usize>) -> Result<()> {
     let Some(cpu) = cpu else { return Ok(()) };
     let mut set = CpuSet::new();
     set.set(cpu).with_context(|| format!("CPU {cpu}"))?;

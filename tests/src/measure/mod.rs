@@ -22,13 +22,12 @@ use nix::sched::{CloneFlags, setns};
 use serde::{Deserialize, Serialize};
 
 use self::{
-    cpu::pin,
     loops::{await_all, await_answers, await_change, await_server, run},
     server::serve,
 };
 use crate::client::Client;
 
-pub use self::cpu::{Spinners, cpu_ns};
+pub use self::cpu::{Spinners, cpu_ns, pin};
 
 /// What a stream writes at once.
 const STREAM_BLOCK_BYTES: usize = 64 * 1024;

@@ -13,6 +13,7 @@ use super::{
     report::{Fact, Report},
     scale::{Family, Group, Scale},
     stats::{quantile, sorted},
+    watcher,
     world::{CLIENT_CPU, Side, World},
 };
 
@@ -109,6 +110,12 @@ fn flips(world: &World, effort: &Effort, report: &mut Report) -> Result<()> {
         live_ns.push(change.first_new_ns - begin_ns);
     }
     report.fact(Fact::times("a2", "one endpoint change: rename to visible", world.scale.services, live_ns));
+    // While the agent rests, beside its manifests: on the same file system.
+    let beside = directory.with_extension("watched");
+    fs::create_dir(&beside).with_context(|| format!("making {}", beside.display()))?;
+    let text = world.scale.movable_text(*movable.first().context("a movable Service")?, Group::A)?;
+    let least_ns = watcher::renames(&beside, text.as_bytes(), effort.flips)?;
+    report.fact(Fact::times("a2", "a bare watcher: rename to visible", world.scale.services, least_ns));
     report.fact(Fact::count(
         "a2",
         "changes before the prober's first look, not counted",

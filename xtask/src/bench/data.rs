@@ -10,9 +10,10 @@ use sheave_tests::{
 };
 
 use super::{
-    Effort, NOISE_MAX, Options, go_on,
+    Effort, NOISE_MAX, Options,
     peers::{Hub, Peer},
     report::Report,
+    rounds,
     row::{AGAIN, Goal, Row},
     scale::{Family, Group},
     stats::{Estimate, quantile, sorted},
@@ -185,29 +186,24 @@ pub(crate) fn one(
 ) -> Result<Row> {
     // Whatever shares a CPU keeps it awake by itself.
     let spinners = if metric.same_cpu { None } else { Some(Spinners::start(CLIENT_CPU + 1)?) };
-    let mut values = vec![Vec::new(); arms.len()];
-    let mut p99 = vec![Vec::new(); arms.len()];
-    for round in 0..=effort.rounds {
-        let mut order: Vec<_> = arms.iter().zip(values.iter_mut().zip(&mut p99)).collect();
-        if round % 2 == 1 {
-            order.reverse();
-        }
-        for (arm, (values, p99)) in order {
-            go_on()?;
-            let (value, tail) = sampled(client, metric, effort, arm, u64::from(round))
-                .with_context(|| format!("{name}, {}", arm.name))?;
-            // The first round fills caches and neighbour tables.
-            if round > 0 {
-                values.push(value);
-                p99.push(tail);
-            }
-        }
-    }
+    let names: Vec<_> = arms.iter().map(|arm| arm.name).collect();
+    let turns = rounds::measure(
+        effort,
+        &names,
+        NOISE_MAX,
+        |(value, _)| *value,
+        |arm, round| {
+            let arm = arms.get(arm).context("an arm")?;
+            sampled(client, metric, effort, arm, u64::from(round))
+                .with_context(|| format!("{name}, {}", arm.name))
+        },
+    )?;
     drop(spinners);
     let services = arms.first().map_or(0, |arm| arm.world.scale.services);
     let unit = if metric.what == What::Stream { "CPU-ns/kB" } else { "ns" };
     let mut row = Row::new(metric.id, name, unit, services, Some(NOISE_MAX));
-    for (arm, (values, p99)) in arms.iter().zip(values.into_iter().zip(p99)) {
+    for (arm, turns) in arms.iter().zip(turns) {
+        let (values, p99): (Vec<_>, Vec<_>) = turns.into_iter().unzip();
         let p99 = (metric.what != What::Stream).then(|| Estimate::of(&p99).median);
         row.add(arm.name, values, p99);
     }

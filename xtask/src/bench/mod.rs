@@ -15,11 +15,13 @@ mod peers;
 mod plot;
 mod report;
 mod rivals;
+mod rounds;
 mod row;
 mod scale;
 mod stats;
 mod targets;
 mod tools;
+mod watcher;
 mod world;
 
 use std::{
@@ -115,6 +117,8 @@ pub(crate) struct Effort {
     pub(crate) endpoints: u32,
     /// Rounds that count; one more is run first.
     pub(crate) rounds: u32,
+    /// So many at most, where arms that are alike differ.
+    pub(crate) rounds_max: u32,
     /// One arm's turn in a round.
     pub(crate) slice: Duration,
     /// Endpoint changes.
@@ -152,6 +156,7 @@ impl Options {
                 sizes: vec![1, 1000],
                 endpoints: 2,
                 rounds: 3,
+                rounds_max: 3,
                 slice: ms(50),
                 flips: 20,
                 api_flips: 3,
@@ -166,6 +171,7 @@ impl Options {
                 sizes,
                 endpoints: 10,
                 rounds: 20,
+                rounds_max: 60,
                 slice: ms(300),
                 flips: 500,
                 api_flips: 50,
@@ -180,6 +186,7 @@ impl Options {
             // What a shared machine does besides lasts longer than a turn: the shorter the turns, the more alike are those of
             // one round.
             rounds: 60,
+            rounds_max: 180,
             slice: ms(50),
             flips: 300,
             api_flips: 10,

@@ -15,6 +15,7 @@ use super::{
     go_on,
     peers::{Hub, Peer},
     report::{Fact, Report},
+    rounds,
     row::{AGAIN, Goal, Row},
     scale::{Family, NODE_PORT, NODE_PORTS_MAX, Scale, TARGET_PORT},
     stats::{quantile, sorted},
@@ -259,15 +260,15 @@ fn one(
         .iter()
         .map(|node| Counter::new(node.world().lab().pod(1)?.netns(), UPLINK, ARRIVALS))
         .collect::<Result<Vec<_>>>()?;
-    let mut values = vec![Vec::new(); arms.len()];
     let mut lost = vec![0; arms.len()];
-    for round in 0..=effort.rounds {
-        let mut order: Vec<_> = arms.iter().zip(values.iter_mut().zip(&mut lost)).collect();
-        if round % 2 == 1 {
-            order.reverse();
-        }
-        for ((name, node, to, frames), (values, lost)) in order {
-            go_on()?;
+    let names: Vec<_> = arms.iter().map(|(name, ..)| *name).collect();
+    let values = rounds::measure(
+        effort,
+        &names,
+        NOISE_MAX,
+        |value| *value,
+        |arm, _| {
+            let ((name, node, to, frames), lost) = arms.iter().zip(&mut lost).nth(arm).context("an arm")?;
             let netns = node.world().node()?.host().netns();
             if flows == Flows::New {
                 netns.forget_connections()?;
@@ -290,12 +291,9 @@ fn one(
             if flows == Flows::New {
                 netns.forget_connections()?;
             }
-            // The first round fills the caches.
-            if round > 0 {
-                values.push(quantile(&sorted(&ns), PART));
-            }
-        }
-    }
+            Ok(quantile(&sorted(&ns), PART))
+        },
+    )?;
     for ((arm, ..), lost) in arms.iter().zip(lost).filter(|(_, lost)| *lost > 0) {
         let name = format!("{name}: frames lost, {arm}");
         report.fact(Fact::count(ID, &name, scale.services, lost));

@@ -16,8 +16,8 @@ use sheave_tests::{
 use super::{
     Effort,
     data::EMPTY,
-    go_on,
     report::Report,
+    rounds,
     row::{AGAIN, Goal, Row},
     scale::{Family, PORT, Scale},
     stats::{Estimate, ordered, quantile},
@@ -135,22 +135,19 @@ fn ways(world: &World, family: Family) -> Result<Vec<(&'static str, Path)>> {
 
 fn one(world: &World, family: Family, effort: &Effort) -> Result<Row> {
     let ways = ways(world, family)?;
-    let mut values = vec![Vec::new(); ways.len()];
-    for round in 0..=effort.rounds {
-        let mut order: Vec<_> = ways.iter().zip(&mut values).collect();
-        if round % 2 == 1 {
-            order.reverse();
-        }
-        for ((name, way), values) in order {
-            go_on()?;
+    let names: Vec<_> = ways.iter().map(|(name, _)| *name).collect();
+    let values = rounds::measure(
+        effort,
+        &names,
+        NOISE_MAX,
+        |value| *value,
+        |way, _| {
+            let (name, way) = ways.get(way).context("a way")?;
             let ns = (0..SAMPLES).map(|_| way.ns(REPEAT, CLIENT_CPU)).collect::<Result<Vec<_>>>();
             let ns = ns.with_context(|| format!("{name} {}", family.name()))?;
-            // The first round fills the caches.
-            if round > 0 {
-                values.push(quantile(&ordered(&ns), PART));
-            }
-        }
-    }
+            Ok(quantile(&ordered(&ns), PART))
+        },
+    )?;
     let name = format!("program by itself {}", family.name());
     let mut row = Row::new(ID, name, "ns", world.scale.services, Some(NOISE_MAX));
     for ((name, _), values) in ways.iter().zip(values) {

@@ -336,8 +336,8 @@ const METHOD: &str = "\
   Sheave the same objects from files. One client measures every arm. Destinations are drawn at random from all Services
   (direct: from all endpoints). Who serves is frozen meanwhile; connection tracking forgets before each slice. iptables is the
   older kind.
-- `again` is the first arm once more in another world: where its interval leaves 0.98..1.02 (p8, p11: 0.99..1.01) the metric is
-  void. `bystander` dials endpoints from inside the agent's cgroup. `empty programs` is a world without a proxy where programs
+- `again` is the first arm once more in another world: while its interval leaves 0.98..1.02 (p8, p11: 0.99..1.01) there are
+  more rounds, up to three times as many, and where it still does the metric is void. `bystander` dials endpoints from inside the agent's cgroup. `empty programs` is a world without a proxy where programs
   that do nothing are at a cgroup's `connect` and at both hooks of each device: nobody who has such hooks can be cheaper. `two
   reads` is the same, but at `connect` a line of a table with one for each Service is read, at random, and one of another such
   table that the first one tells: about the least for who looks up a Service and one of its endpoints.

@@ -116,6 +116,15 @@ impl Row {
     pub(crate) fn is_void(&self) -> bool {
         let Some(noise_max) = self.noise_max else { return false };
         let again = self.arm(AGAIN).and_then(|arm| arm.ratio);
-        again.is_none_or(|ratio| (ratio.low - 1.0).abs().max((ratio.high - 1.0).abs()) > noise_max)
+        again.is_none_or(|ratio| is_too_far(ratio, noise_max))
     }
+}
+
+/// Whether two arms that should be equal are not.
+pub(crate) fn differ(first: &[f64], again: &[f64], noise_max: f64) -> bool {
+    is_too_far(Estimate::of_ratios(again, first), noise_max)
+}
+
+fn is_too_far(ratio: Estimate, noise_max: f64) -> bool {
+    !((ratio.low - 1.0).abs().max((ratio.high - 1.0).abs()) <= noise_max)
 }
