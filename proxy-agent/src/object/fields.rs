@@ -227,7 +227,10 @@ impl<'de, T: Field> Visitor<'de> for Reader<T> {
             [] => T::mapping(map),
             [_, path @ ..] => {
                 let wanted = self.path.get(..1).unwrap_or_default();
-                mapping(map, wanted, |out, _, value| Ok(*out = value.read_within(path)?))
+                mapping(map, wanted, |out, _, value| {
+                    *out = value.read_within(path)?;
+                    Ok(())
+                })
             }
         }
     }

@@ -126,5 +126,6 @@ pub(crate) fn differ(first: &[f64], again: &[f64], noise_max: f64) -> bool {
 }
 
 fn is_too_far(ratio: Estimate, noise_max: f64) -> bool {
-    !((ratio.low - 1.0).abs().max((ratio.high - 1.0).abs()) <= noise_max)
+    let far = (ratio.low - 1.0).abs().max((ratio.high - 1.0).abs());
+    far.is_nan() || far > noise_max
 }
