@@ -10,7 +10,6 @@ use std::marker::PhantomData;
 use serde::de::{
     DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Unexpected, Visitor,
 };
-use serde_path_to_error::Segment;
 
 /// A step from an object towards one of its fields.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -55,15 +54,9 @@ impl Mismatch {
         Self { steps: Vec::new(), message: message.to_string() }
     }
 
-    /// Of a field that has to be there.
-    pub(crate) fn missing<const N: usize>(path: [&str; N]) -> Self {
-        let steps = path.into_iter().rev().map(|key| Step::Key(key.to_owned()));
-        Self { steps: steps.collect(), message: "missing".to_owned() }
-    }
-
-    /// Of an object that is none.
-    pub(crate) fn of_object(error: impl fmt::Display) -> Self {
-        Self { steps: Vec::new(), message: error.to_string() }
+    /// Of the field at the end of a path from the object.
+    pub(crate) fn at(path: Vec<Step>, message: String) -> Self {
+        Self { steps: path.into_iter().rev().collect(), message }
     }
 
     fn within(mut self, step: Step) -> Self {
@@ -84,19 +77,6 @@ impl Mismatch {
     /// What is wrong.
     pub fn message(&self) -> &str {
         &self.message
-    }
-}
-
-impl From<serde_path_to_error::Error<serde_json::Error>> for Mismatch {
-    fn from(error: serde_path_to_error::Error<serde_json::Error>) -> Self {
-        let step = |segment: &Segment| match segment {
-            Segment::Seq { index } => Some(Step::Index(*index)),
-            Segment::Map { key } => Some(Step::Key(key.clone())),
-            Segment::Enum { variant } => Some(Step::Key(variant.clone())),
-            Segment::Unknown => None,
-        };
-        let steps: Vec<Step> = error.path().iter().filter_map(step).collect();
-        Self { steps: steps.into_iter().rev().collect(), message: error.inner().to_string() }
     }
 }
 

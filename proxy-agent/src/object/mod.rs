@@ -10,7 +10,6 @@ mod problems;
 mod reading;
 mod service;
 mod slice;
-mod trimmed;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -28,7 +27,6 @@ pub(crate) use problems::{port_number, protocol};
 pub use proxy_common::abi::Protocol;
 pub use reading::{Readable, Reading};
 pub use slice::SERVICE_NAME_LABEL;
-pub(crate) use trimmed::{Trimmed, typed};
 
 /// Namespace and name; the namespace is empty for cluster-scoped objects.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]

@@ -9,9 +9,9 @@ use serde::de::{Deserialize, DeserializeSeed, Deserializer, IgnoredAny, MapAcces
 use serde_json::Value;
 use tracing::debug;
 
+use super::trimmed::{Trimmed, typed};
 use crate::object::{
-    self, Mismatch, ObjectKey, Problem, Readable, Reading, Slice, Step, Trimmed, Unreadable, format_path,
-    typed,
+    self, Mismatch, ObjectKey, Problem, Readable, Reading, Slice, Step, Unreadable, format_path,
 };
 use crate::source::derive::{self, Pod, Selection};
 
@@ -443,7 +443,7 @@ fn object(value: &Value, kind: Kind) -> Result<Object, Mismatch> {
 }
 
 fn reading<T: Readable>(value: &Value) -> Result<Reading<T>, Mismatch> {
-    Reading::deserialize(value).map_err(Mismatch::of_object)
+    Reading::deserialize(value).map_err(|error| Mismatch::at(Vec::new(), error.to_string()))
 }
 
 /// Walks a document down a path and notes the line of what is at its end.

@@ -6,6 +6,7 @@
 
 mod document;
 mod store;
+mod trimmed;
 mod watch;
 
 use std::io;

@@ -7,15 +7,16 @@ use serde::de::{
     Deserialize, DeserializeOwned, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor,
 };
 use serde_json::{Map, Value};
+use serde_path_to_error::Segment;
 
-use super::Mismatch;
+use crate::object::{Mismatch, Step};
 
 /// Mappings and lists of these names are left out, wherever they are. A text of such a name stays: a label may have it.
 const LEFT_OUT: [&str; 4] = ["managedFields", "ownerReferences", "annotations", "targetRef"];
 
 /// See the module.
 #[derive(Debug)]
-pub(crate) struct Trimmed(pub(crate) Value);
+pub(super) struct Trimmed(pub(super) Value);
 
 impl<'de> Deserialize<'de> for Trimmed {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -28,8 +29,18 @@ impl<'de> Deserialize<'de> for Trimmed {
 ///
 /// # Errors
 /// With the field.
-pub(crate) fn typed<T: DeserializeOwned>(value: &Value) -> Result<T, Mismatch> {
-    T::deserialize(value).or_else(|_| Ok(serde_path_to_error::deserialize(value)?))
+pub(super) fn typed<T: DeserializeOwned>(value: &Value) -> Result<T, Mismatch> {
+    T::deserialize(value).or_else(|_| serde_path_to_error::deserialize(value).map_err(mismatch))
+}
+
+fn mismatch(error: serde_path_to_error::Error<serde_json::Error>) -> Mismatch {
+    let step = |segment: &Segment| match segment {
+        Segment::Seq { index } => Some(Step::Index(*index)),
+        Segment::Map { key } => Some(Step::Key(key.clone())),
+        Segment::Enum { variant } => Some(Step::Key(variant.clone())),
+        Segment::Unknown => None,
+    };
+    Mismatch::at(error.path().iter().filter_map(step).collect(), error.inner().to_string())
 }
 
 /// Makes a value of what comes; of mappings and lists only if they are kept.
