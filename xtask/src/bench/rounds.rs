@@ -43,3 +43,54 @@ pub(crate) fn measure<T>(
     }
     Ok(found)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn smallest() -> Effort {
+        Effort {
+            sizes: Vec::new(),
+            endpoints: 0,
+            rounds: 0,
+            rounds_max: 0,
+            slice: Duration::ZERO,
+            flips: 0,
+            api_flips: 0,
+            starts: 0,
+            down: Duration::ZERO,
+            outage: Duration::ZERO,
+        }
+    }
+
+    /// How many rounds count when the second of two twins says so much in a round.
+    fn rounds(again: impl Fn(u32) -> f64) -> usize {
+        let effort = Effort { rounds: 20, rounds_max: 60, ..smallest() };
+        let turn = |arm, round| Ok(if arm == 2 { again(round) } else { 1.0 });
+        let found = measure(&effort, &["first", "other", AGAIN], 0.02, |value| *value, turn).unwrap();
+        assert!(found.iter().all(|turns| turns.len() == found[0].len()));
+        found[0].len()
+    }
+
+    #[test]
+    fn twins_that_differ_have_more_rounds() {
+        assert_eq!(rounds(|_| 1.0), 20);
+        assert_eq!(rounds(|_| 1.1), 60);
+        // They agree from the 11th on: until enough rounds say so.
+        assert_eq!(rounds(|round| if round <= 10 { 1.1 } else { 1.0 }), 40);
+    }
+
+    #[test]
+    fn every_second_round_is_reversed() {
+        let mut order = Vec::new();
+        let effort = Effort { rounds: 1, rounds_max: 1, ..smallest() };
+        let turn = |arm, round| {
+            order.push((round, arm));
+            Ok(1.0)
+        };
+        measure(&effort, &["first", AGAIN], 0.02, |value| *value, turn).unwrap();
+        assert_eq!(order, [(0, 0), (0, 1), (1, 1), (1, 0)]);
+    }
+}

@@ -110,8 +110,9 @@ pub(crate) const REASONS: [(&str, &str); 13] = [
     ),
     (
         "a2",
-        "The change is noticed by the kernel's report on a renamed file, read, compared, written by a few stores; then the \
-         prober, on the other CPU, must be awake. Late looks are those at which the machine itself was late.",
+        "`A bare watcher` is woken by the same report of the kernel, reads as small a file and says so in memory: that much is \
+         the machine's, at p99 as well. The rest is reading the objects, comparing and a few stores, by an agent that has been \
+         at rest: little of it is in the caches.",
     ),
     ("a3", "Objects are decoded from JSON, and each change reads its whole slice."),
     ("a4", "A third is files, mostly the binary, and what the kernel maps into the process of our tables."),

@@ -1,9 +1,14 @@
 //! What tools say that everybody knows: `iperf3` and `wrk` on the same ways. They check our own generator; nothing is
 //! judged by them, as throughput across two CPUs of a virtual machine has two or three stable values.
 
-use std::process::{Child, Stdio};
+use std::{
+    fs,
+    process::{Child, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::{
@@ -21,6 +26,9 @@ pub(crate) const ID: &str = "tools";
 
 /// How often each is run.
 const ROUNDS: u32 = 5;
+
+/// A server that takes longer to begin has failed.
+const SERVES_WITHIN: Duration = Duration::from_secs(10);
 
 /// What is run.
 const RUNS: [(&str, &str, Run); 4] = [
@@ -94,7 +102,26 @@ fn serve(world: &World) -> Result<Served> {
     let mut command = world.lab().pod(1)?.under(world.cgroup(Side::Outside)?).command("iperf3")?;
     command.args(["--server", "--bind", TOOL_BACKEND, "--port", &TOOL_PORT.to_string()]);
     command.args(["--affinity", &SERVER_CPU.to_string()]).stdin(Stdio::null()).stdout(Stdio::null());
-    Ok(Served(command.spawn().context("starting iperf3")?))
+    let mut served = Served(command.spawn().context("starting iperf3")?);
+    let begun = Instant::now();
+    while !world.lab().pod(1)?.netns().run(is_served)?? {
+        go_on()?;
+        let ended = served.0.try_wait().context("asking for iperf3")?;
+        ensure!(ended.is_none() && begun.elapsed() < SERVES_WITHIN, "iperf3 does not serve: {ended:?}");
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(served)
+}
+
+/// Whether somebody of this namespace listens on the tools' port. To try by connecting would be a test for the server.
+fn is_served() -> Result<bool> {
+    const LISTENS: &str = "0A";
+    let table = fs::read_to_string("/proc/thread-self/net/tcp").context("reading the namespace's sockets")?;
+    let port = format!(":{TOOL_PORT:04X}");
+    Ok(table.lines().any(|line| {
+        let mut fields = line.split_whitespace().skip(1);
+        fields.next().is_some_and(|own| own.ends_with(&port)) && fields.nth(1) == Some(LISTENS)
+    }))
 }
 
 fn run(world: &World, side: Side, program: &str, arguments: &[&str]) -> Result<String> {
@@ -102,7 +129,7 @@ fn run(world: &World, side: Side, program: &str, arguments: &[&str]) -> Result<S
     let output = command.args(arguments).stdin(Stdio::null()).output();
     let output = output.with_context(|| format!("running {program}"))?;
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    anyhow::ensure!(output.status.success(), "{program}: {said}{}", String::from_utf8_lossy(&output.stderr));
+    ensure!(output.status.success(), "{program}: {said}{}", String::from_utf8_lossy(&output.stderr));
     Ok(said)
 }
 
@@ -142,6 +169,6 @@ fn wrk(world: &World, side: Side, is_service: bool, arguments: &[&str]) -> Resul
     )?;
     let rate = said.lines().find_map(|line| line.strip_prefix("Requests/sec:")?.trim().parse::<f64>().ok());
     let rate = rate.filter(|rate| *rate > 0.0).with_context(|| format!("no rate in {said}"))?;
-    anyhow::ensure!(!said.contains("Non-2xx"), "{said}");
+    ensure!(!said.contains("Non-2xx"), "{said}");
     Ok(1e9 / rate)
 }
