@@ -337,10 +337,11 @@ const METHOD: &str = "\
   (direct: from all endpoints). Who serves is frozen meanwhile; connection tracking forgets before each slice. iptables is the
   older kind.
 - `again` is the first arm once more in another world: while its interval leaves 0.98..1.02 (p8, p11: 0.99..1.01) there are
-  more rounds, up to three times as many, and where it still does the metric is void. `bystander` dials endpoints from inside the agent's cgroup. `empty programs` is a world without a proxy where programs
-  that do nothing are at a cgroup's `connect` and at both hooks of each device: nobody who has such hooks can be cheaper. `two
-  reads` is the same, but at `connect` a line of a table with one for each Service is read, at random, and one of another such
-  table that the first one tells: about the least for who looks up a Service and one of its endpoints.
+  more rounds, up to three times as many, and where it still does the metric is void. `bystander` dials endpoints from inside
+  the agent's cgroup. `empty programs` is a world without a proxy where programs that do nothing are at a cgroup's `connect`
+  and at both hooks of each device: nobody who has such hooks can be cheaper. `two reads` is the same, but at `connect` a line
+  of a table with one for each Service is read, at random, and one of another such table that the first one tells: about the
+  least for who looks up a Service and one of its endpoints.
 - Connects and CRR: client on CPU 1, server on CPU 0, a SCHED_IDLE spinner on each; RR, stream and datagrams: both on CPU 0.
 - p6 is what passes between SYN and SYN-ACK by the kernel's clock at the client's device, without `connect` itself. p10 dials
   from outside the cluster: by NodePort, and for `direct` by a route to the endpoints through the node; servers say which
