@@ -1,8 +1,8 @@
 //! Reads the fields that are wanted of an object right off its text, whatever the others are.
 //!
 //! A field of another type than it should have fails nothing around it: what holds the object is read on, and the object
-//! is known by what else it says. serde's derived readers end there, and with them the whole list; reading a JSON value
-//! first and the object from that costs several times as much.
+//! is known by what else it says. serde's derived readers end there, and with them the whole list; a JSON value in between
+//! would be all of it read twice.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -241,6 +241,31 @@ pub(crate) fn mapping<'de, T: Default, A: MapAccess<'de>>(
     Ok((out, wrong))
 }
 
+/// What a mapping is made of: for each key the field that its value is read into, where the path says so from within
+/// mappings in it.
+macro_rules! mapping_of {
+    ($type:ident $(<$of:ident>)?, $expected:literal, {
+        $($key:expr => $($field:ident).+ $(within [$($path:literal),+])?),+ $(,)?
+    }) => {
+        impl$(<$of: $crate::object::fields::Field>)? $crate::object::fields::Field for $type$(<$of>)? {
+            const EXPECTED: &'static str = $expected;
+
+            fn mapping<'de, A: serde::de::MapAccess<'de>>(
+                map: A,
+            ) -> Result<$crate::object::fields::Found<Self>, A::Error> {
+                $crate::object::fields::mapping(map, &[$($key),+], |out: &mut Self, key, value| {
+                    $(if key == $key {
+                        out.$($field).+ = value.read_within(&[$($($path),+)?])?;
+                        return Ok(());
+                    })+
+                    Ok(())
+                })
+            }
+        }
+    };
+}
+pub(super) use mapping_of;
+
 /// The value of a field, not read yet.
 pub(crate) struct Value<'a, A> {
     map: &'a mut A,
@@ -249,10 +274,6 @@ pub(crate) struct Value<'a, A> {
 }
 
 impl<'de, A: MapAccess<'de>> Value<'_, A> {
-    pub(crate) fn read<T: Field>(&mut self) -> Result<T, A::Error> {
-        self.read_within(&[])
-    }
-
     /// Of what it holds, the field at the end of this path of mappings.
     pub(crate) fn read_within<T: Field>(&mut self, path: &'static [&'static str]) -> Result<T, A::Error> {
         let (value, mismatch) = self.map.next_value_seed(Reader::new(path))?;

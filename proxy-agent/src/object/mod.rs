@@ -42,6 +42,11 @@ impl ObjectKey {
     pub fn new(namespace: impl Into<Name>, name: impl Into<Name>) -> Self {
         Self { namespace: namespace.into(), name: name.into() }
     }
+
+    /// From what an object says of itself; what is not given is empty.
+    pub(crate) fn given(namespace: Option<&str>, name: Option<&str>) -> Self {
+        Self::new(namespace.unwrap_or_default(), name.unwrap_or_default())
+    }
 }
 
 impl fmt::Display for ObjectKey {

@@ -12,8 +12,7 @@ use serde::{Serialize, Serializer};
 
 /// A name, or another text that comes up again and again. One pointer: there are many more of these than texts.
 ///
-/// Equal ones are the same one, and hashed as such: who looks for one among many need not read any, and most of what an
-/// agent at rest has in memory is in no cache.
+/// Equal ones are the same one, and hashed as such: who looks for one among many need not read any.
 #[derive(Clone)]
 pub struct Name(Arc<Box<str>>);
 

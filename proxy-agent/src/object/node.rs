@@ -1,9 +1,7 @@
 //! From a Node to what the proxy reads of it (P7, N2, M1).
 
-use serde::de::MapAccess;
-
 use super::address::{parse_cidr, parse_ip};
-use super::fields::{Field, Found, Mismatch, mapping};
+use super::fields::{Mismatch, mapping_of};
 use super::problems::Problems;
 use super::reading::{Labelled, Readable, Reading};
 use super::{Name, Node, ObjectKey};
@@ -29,36 +27,18 @@ pub struct Given {
     addresses: Vec<Address>,
 }
 
-impl Field for Given {
-    const EXPECTED: &'static str = "Node";
-
-    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
-        mapping(map, &["metadata", "spec", "status"], |out: &mut Self, key, value| {
-            match key {
-                "metadata" => out.about = value.read()?,
-                "spec" => out.spec = value.read()?,
-                _ => out.addresses = value.read_within(&["addresses"])?,
-            }
-            Ok(())
-        })
-    }
-}
+mapping_of!(Given, "Node", {
+    "metadata" => about,
+    "spec" => spec,
+    "status" => addresses within ["addresses"],
+});
 
 #[derive(Default)]
 struct Labels {
     zone: Option<String>,
 }
 
-impl Field for Labels {
-    const EXPECTED: &'static str = "a map";
-
-    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
-        mapping(map, &[ZONE_LABEL], |out: &mut Self, _, value| {
-            out.zone = value.read()?;
-            Ok(())
-        })
-    }
-}
+mapping_of!(Labels, "a map", { ZONE_LABEL => zone });
 
 #[derive(Default)]
 struct Spec {
@@ -66,20 +46,7 @@ struct Spec {
     pod_cidrs: Vec<String>,
 }
 
-impl Field for Spec {
-    const EXPECTED: &'static str = "NodeSpec";
-
-    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
-        mapping(map, &["podCIDR", "podCIDRs"], |out: &mut Self, key, value| {
-            if key == "podCIDR" {
-                out.pod_cidr = value.read()?
-            } else {
-                out.pod_cidrs = value.read()?
-            }
-            Ok(())
-        })
-    }
-}
+mapping_of!(Spec, "NodeSpec", { "podCIDR" => pod_cidr, "podCIDRs" => pod_cidrs });
 
 #[derive(Default)]
 struct Address {
@@ -87,20 +54,7 @@ struct Address {
     address: String,
 }
 
-impl Field for Address {
-    const EXPECTED: &'static str = "NodeAddress";
-
-    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
-        mapping(map, &["type", "address"], |out: &mut Self, key, value| {
-            if key == "type" {
-                out.kind = value.read()?
-            } else {
-                out.address = value.read()?
-            }
-            Ok(())
-        })
-    }
-}
+mapping_of!(Address, "NodeAddress", { "type" => kind, "address" => address });
 
 fn node(key: ObjectKey, zone: Option<String>, given: Given) -> Node {
     // A Node has no namespace; one in a file means nothing.

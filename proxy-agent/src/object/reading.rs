@@ -1,10 +1,10 @@
 //! An object as it comes from a source: who it is, and what is read of it or why it cannot be.
 
 use k8s_openapi::jiff::Timestamp;
-use serde::de::{Deserialize, Deserializer, MapAccess};
+use serde::de::{Deserialize, Deserializer};
 
 use super::ObjectKey;
-use super::fields::{self, Field, Found, Mismatch, Step, Wrong, mapping};
+use super::fields::{self, Field, Mismatch, Step, Wrong, mapping_of};
 
 /// See the module.
 #[derive(Debug)]
@@ -62,8 +62,7 @@ pub(crate) struct Metadata {
 
 impl Metadata {
     pub(crate) fn key(&self) -> ObjectKey {
-        let text = |part: &Option<String>| part.as_deref().unwrap_or_default().into();
-        ObjectKey { namespace: text(&self.namespace), name: text(&self.name) }
+        ObjectKey::given(self.namespace.as_deref(), self.name.as_deref())
     }
 }
 
@@ -72,38 +71,30 @@ impl Metadata {
 pub(super) struct Labelled<L> {
     pub(super) metadata: Metadata,
     pub(super) labels: L,
-    /// Seconds since 1970.
-    pub(super) created_s: Option<i64>,
+    pub(super) created: Time,
 }
 
-impl<L: Field> Field for Labelled<L> {
-    const EXPECTED: &'static str = "ObjectMeta";
+mapping_of!(Labelled<L>, "ObjectMeta", {
+    "name" => metadata.name,
+    "namespace" => metadata.namespace,
+    "resourceVersion" => metadata.resource_version,
+    "creationTimestamp" => created,
+    "labels" => labels,
+});
 
-    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
-        const FIELDS: [&str; 5] = ["name", "namespace", "resourceVersion", "creationTimestamp", "labels"];
-        mapping(map, &FIELDS, |out: &mut Self, key, value| {
-            match key {
-                "name" => out.metadata.name = value.read()?,
-                "namespace" => out.metadata.namespace = value.read()?,
-                "resourceVersion" => out.metadata.resource_version = value.read()?,
-                "creationTimestamp" => out.created_s = value.read::<Seconds>()?.0,
-                _ => out.labels = value.read()?,
-            }
-            Ok(())
-        })
-    }
-}
-
-/// A time, in seconds since 1970.
+/// A time, if one is given.
 #[derive(Default)]
-struct Seconds(Option<i64>);
+pub(super) struct Time {
+    /// Seconds since 1970.
+    pub(super) s: Option<i64>,
+}
 
-impl Field for Seconds {
+impl Field for Time {
     const EXPECTED: &'static str = "a time as RFC 3339 has it";
 
     fn text(text: &str) -> Result<Self, Wrong> {
         let time: Timestamp = text.parse().map_err(|_| Wrong::Value)?;
-        Ok(Self(Some(time.as_second())))
+        Ok(Self { s: Some(time.as_second()) })
     }
 }
 

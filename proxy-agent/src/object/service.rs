@@ -3,10 +3,9 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use serde::de::MapAccess;
 
 use super::address::{parse_cidr, parse_ip, unusable_as_endpoint, unusable_as_vip};
-use super::fields::{Field, Found, Mismatch, mapping};
+use super::fields::{Mismatch, mapping_of};
 use super::problems::{Problems, port_number, protocol};
 use super::reading::{Labelled, Readable, Reading};
 use super::{Family, Name, ObjectKey, PerFamily, Service, ServicePort};
@@ -24,8 +23,8 @@ impl Readable for Service {
     type Given = Given;
 
     fn reading(mut given: Given, wrong: Option<Mismatch>) -> Reading<Self> {
-        let Labelled { metadata, labels, created_s } = std::mem::take(&mut given.about);
-        Reading::new(metadata, labels.other_proxy, wrong, |key| service(key, created_s, given))
+        let Labelled { metadata, labels, created } = std::mem::take(&mut given.about);
+        Reading::new(metadata, labels.other_proxy.is_some(), wrong, |key| service(key, created.s, given))
     }
 }
 
@@ -33,40 +32,22 @@ impl Readable for Service {
 #[derive(Default)]
 pub struct Given {
     about: Labelled<Labels>,
-    spec: Option<Spec>,
+    spec: Spec,
     ingress: Vec<Ingress>,
 }
 
-impl Field for Given {
-    const EXPECTED: &'static str = "Service";
-
-    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
-        mapping(map, &["metadata", "spec", "status"], |out: &mut Self, key, value| {
-            match key {
-                "metadata" => out.about = value.read()?,
-                "spec" => out.spec = value.read()?,
-                _ => out.ingress = value.read_within(&["loadBalancer", "ingress"])?,
-            }
-            Ok(())
-        })
-    }
-}
+mapping_of!(Given, "Service", {
+    "metadata" => about,
+    "spec" => spec,
+    "status" => ingress within ["loadBalancer", "ingress"],
+});
 
 #[derive(Default)]
 struct Labels {
-    other_proxy: bool,
+    other_proxy: Option<String>,
 }
 
-impl Field for Labels {
-    const EXPECTED: &'static str = "a map";
-
-    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
-        mapping(map, &[OTHER_PROXY_LABEL], |out: &mut Self, _, value| {
-            out.other_proxy = value.read::<Option<String>>()?.is_some();
-            Ok(())
-        })
-    }
-}
+mapping_of!(Labels, "a map", { OTHER_PROXY_LABEL => other_proxy });
 
 #[derive(Default)]
 struct Spec {
@@ -84,46 +65,20 @@ struct Spec {
     health_check_node_port: Option<i32>,
 }
 
-impl Field for Option<Spec> {
-    const EXPECTED: &'static str = "ServiceSpec";
-
-    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
-        const FIELDS: [&str; 12] = [
-            "type",
-            "clusterIP",
-            "clusterIPs",
-            "ipFamilies",
-            "ports",
-            "externalIPs",
-            "loadBalancerSourceRanges",
-            "internalTrafficPolicy",
-            "externalTrafficPolicy",
-            "sessionAffinity",
-            "sessionAffinityConfig",
-            "healthCheckNodePort",
-        ];
-        let (spec, wrong) = mapping(map, &FIELDS, |out: &mut Spec, key, value| {
-            match key {
-                "type" => out.type_ = value.read()?,
-                "clusterIP" => out.cluster_ip = value.read()?,
-                "clusterIPs" => out.cluster_ips = value.read()?,
-                "ipFamilies" => out.ip_families = value.read()?,
-                "ports" => out.ports = value.read()?,
-                "externalIPs" => out.external_ips = value.read()?,
-                "loadBalancerSourceRanges" => out.load_balancer_source_ranges = value.read()?,
-                "internalTrafficPolicy" => out.internal_traffic_policy = value.read()?,
-                "externalTrafficPolicy" => out.external_traffic_policy = value.read()?,
-                "sessionAffinity" => out.session_affinity = value.read()?,
-                "sessionAffinityConfig" => {
-                    out.affinity_timeout_s = value.read_within(&["clientIP", "timeoutSeconds"])?
-                }
-                _ => out.health_check_node_port = value.read()?,
-            }
-            Ok(())
-        })?;
-        Ok((Some(spec), wrong))
-    }
-}
+mapping_of!(Spec, "ServiceSpec", {
+    "type" => type_,
+    "clusterIP" => cluster_ip,
+    "clusterIPs" => cluster_ips,
+    "ipFamilies" => ip_families,
+    "ports" => ports,
+    "externalIPs" => external_ips,
+    "loadBalancerSourceRanges" => load_balancer_source_ranges,
+    "internalTrafficPolicy" => internal_traffic_policy,
+    "externalTrafficPolicy" => external_traffic_policy,
+    "sessionAffinity" => session_affinity,
+    "sessionAffinityConfig" => affinity_timeout_s within ["clientIP", "timeoutSeconds"],
+    "healthCheckNodePort" => health_check_node_port,
+});
 
 #[derive(Default)]
 struct Port {
@@ -133,21 +88,12 @@ struct Port {
     node_port: Option<i32>,
 }
 
-impl Field for Port {
-    const EXPECTED: &'static str = "ServicePort";
-
-    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
-        mapping(map, &["name", "protocol", "port", "nodePort"], |out: &mut Self, key, value| {
-            match key {
-                "name" => out.name = value.read()?,
-                "protocol" => out.protocol = value.read()?,
-                "port" => out.port = value.read()?,
-                _ => out.node_port = value.read()?,
-            }
-            Ok(())
-        })
-    }
-}
+mapping_of!(Port, "ServicePort", {
+    "name" => name,
+    "protocol" => protocol,
+    "port" => port,
+    "nodePort" => node_port,
+});
 
 #[derive(Default)]
 struct Ingress {
@@ -155,20 +101,7 @@ struct Ingress {
     ip_mode: Option<String>,
 }
 
-impl Field for Ingress {
-    const EXPECTED: &'static str = "LoadBalancerIngress";
-
-    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
-        mapping(map, &["ip", "ipMode"], |out: &mut Self, key, value| {
-            if key == "ip" {
-                out.ip = value.read()?
-            } else {
-                out.ip_mode = value.read()?
-            }
-            Ok(())
-        })
-    }
-}
+mapping_of!(Ingress, "LoadBalancerIngress", { "ip" => ip, "ipMode" => ip_mode });
 
 fn service(key: ObjectKey, created_s: Option<i64>, given: Given) -> Service {
     let mut problems = Problems::of("Service", &key);
@@ -187,9 +120,7 @@ fn service(key: ObjectKey, created_s: Option<i64>, given: Given) -> Service {
         health_check_node_port: None,
         problems: Vec::new(),
     };
-    let Some(spec) = &given.spec else {
-        return out;
-    };
+    let spec = &given.spec;
     // S1, S2: nothing else of such a Service is read, so nothing else of it can be wrong.
     out.proxied = !matches!(spec.cluster_ip.as_deref(), None | Some("" | "None"))
         && spec.type_.as_deref() != Some("ExternalName");

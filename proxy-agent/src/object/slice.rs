@@ -3,10 +3,10 @@
 
 use std::net::IpAddr;
 
-use serde::de::{MapAccess, SeqAccess};
+use serde::de::SeqAccess;
 
 use super::address::{parse_ip, unusable_as_endpoint};
-use super::fields::{Field, Found, Mismatch, Wrong, mapping};
+use super::fields::{Field, Found, Mismatch, Wrong, mapping_of};
 use super::problems::{Problems, port_number, protocol};
 use super::reading::{Labelled, Readable, Reading};
 use super::{Family, Hints, Name, ObjectKey, Slice, SliceEndpoint, SlicePort};
@@ -23,7 +23,7 @@ impl Readable for Slice {
 
     fn reading(mut given: Given, wrong: Option<Mismatch>) -> Reading<Self> {
         let Labelled { metadata, labels, .. } = std::mem::take(&mut given.about);
-        Reading::new(metadata, labels.headless, wrong, |key| slice(key, labels.service, given))
+        Reading::new(metadata, labels.headless.is_some(), wrong, |key| slice(key, labels.service, given))
     }
 }
 
@@ -36,42 +36,20 @@ pub struct Given {
     endpoints: Vec<Endpoint>,
 }
 
-impl Field for Given {
-    const EXPECTED: &'static str = "EndpointSlice";
-
-    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
-        mapping(map, &["metadata", "addressType", "ports", "endpoints"], |out: &mut Self, key, value| {
-            match key {
-                "metadata" => out.about = value.read()?,
-                "addressType" => out.address_type = value.read()?,
-                "ports" => out.ports = value.read()?,
-                _ => out.endpoints = value.read()?,
-            }
-            Ok(())
-        })
-    }
-}
+mapping_of!(Given, "EndpointSlice", {
+    "metadata" => about,
+    "addressType" => address_type,
+    "ports" => ports,
+    "endpoints" => endpoints,
+});
 
 #[derive(Default)]
 struct Labels {
     service: Option<Name>,
-    headless: bool,
+    headless: Option<String>,
 }
 
-impl Field for Labels {
-    const EXPECTED: &'static str = "a map";
-
-    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
-        mapping(map, &[SERVICE_NAME_LABEL, HEADLESS_LABEL], |out: &mut Self, key, value| {
-            if key == SERVICE_NAME_LABEL {
-                out.service = value.read()?;
-            } else {
-                out.headless = value.read::<Option<String>>()?.is_some();
-            }
-            Ok(())
-        })
-    }
-}
+mapping_of!(Labels, "a map", { SERVICE_NAME_LABEL => service, HEADLESS_LABEL => headless });
 
 #[derive(Default)]
 struct Port {
@@ -80,20 +58,7 @@ struct Port {
     protocol: Option<String>,
 }
 
-impl Field for Port {
-    const EXPECTED: &'static str = "EndpointPort";
-
-    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
-        mapping(map, &["name", "port", "protocol"], |out: &mut Self, key, value| {
-            match key {
-                "name" => out.name = value.read()?,
-                "port" => out.port = value.read()?,
-                _ => out.protocol = value.read()?,
-            }
-            Ok(())
-        })
-    }
-}
+mapping_of!(Port, "EndpointPort", { "name" => name, "port" => port, "protocol" => protocol });
 
 #[derive(Default)]
 struct Endpoint {
@@ -101,29 +66,16 @@ struct Endpoint {
     conditions: Conditions,
     node: Option<Name>,
     zone: Option<Name>,
-    hints: Hints,
+    hints: GivenHints,
 }
 
-impl Field for Endpoint {
-    const EXPECTED: &'static str = "Endpoint";
-
-    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
-        mapping(
-            map,
-            &["addresses", "conditions", "nodeName", "zone", "hints"],
-            |out: &mut Self, key, value| {
-                match key {
-                    "addresses" => out.address = value.read()?,
-                    "conditions" => out.conditions = value.read()?,
-                    "nodeName" => out.node = value.read()?,
-                    "zone" => out.zone = value.read()?,
-                    _ => out.hints = value.read()?,
-                }
-                Ok(())
-            },
-        )
-    }
-}
+mapping_of!(Endpoint, "Endpoint", {
+    "addresses" => address,
+    "conditions" => conditions,
+    "nodeName" => node,
+    "zone" => zone,
+    "hints" => hints,
+});
 
 /// E6: of the addresses only the first counts.
 #[derive(Default)]
@@ -158,50 +110,26 @@ struct Conditions {
     terminating: Option<bool>,
 }
 
-impl Field for Conditions {
-    const EXPECTED: &'static str = "EndpointConditions";
-
-    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
-        mapping(map, &["ready", "serving", "terminating"], |out: &mut Self, key, value| {
-            match key {
-                "ready" => out.ready = value.read()?,
-                "serving" => out.serving = value.read()?,
-                _ => out.terminating = value.read()?,
-            }
-            Ok(())
-        })
-    }
-}
-
-impl Field for Hints {
-    const EXPECTED: &'static str = "EndpointHints";
-
-    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
-        mapping(map, &["forNodes", "forZones"], |out: &mut Self, key, value| {
-            let hints = value.read::<Vec<Hint>>()?.into_iter().map(|hint| hint.0).collect();
-            if key == "forNodes" {
-                out.nodes = hints
-            } else {
-                out.zones = hints
-            }
-            Ok(())
-        })
-    }
-}
+mapping_of!(Conditions, "EndpointConditions", {
+    "ready" => ready,
+    "serving" => serving,
+    "terminating" => terminating,
+});
 
 #[derive(Default)]
-struct Hint(Name);
-
-impl Field for Hint {
-    const EXPECTED: &'static str = "ForZone or ForNode";
-
-    fn mapping<'de, A: MapAccess<'de>>(map: A) -> Result<Found<Self>, A::Error> {
-        mapping(map, &["name"], |out: &mut Self, _, value| {
-            out.0 = value.read::<Option<Name>>()?.unwrap_or_default();
-            Ok(())
-        })
-    }
+struct GivenHints {
+    nodes: Vec<Hint>,
+    zones: Vec<Hint>,
 }
+
+mapping_of!(GivenHints, "EndpointHints", { "forNodes" => nodes, "forZones" => zones });
+
+#[derive(Default)]
+struct Hint {
+    name: Option<Name>,
+}
+
+mapping_of!(Hint, "ForZone or ForNode", { "name" => name });
 
 fn slice(key: ObjectKey, service: Option<Name>, given: Given) -> Slice {
     let mut problems = Problems::of("EndpointSlice", &key);
@@ -278,6 +206,8 @@ fn endpoint(i: usize, given: Endpoint, family: Family, problems: &mut Problems) 
         return ignored("[0]", format_args!("{address} cannot be an endpoint: {why}"));
     }
     let name = |name: Option<Name>| name.filter(|name| !name.is_empty());
+    let names = |hints: Vec<Hint>| hints.into_iter().map(|hint| hint.name.unwrap_or_default()).collect();
+    let hints = Hints { nodes: names(given.hints.nodes), zones: names(given.hints.zones) };
     Some(SliceEndpoint {
         address,
         node: name(given.node),
@@ -286,6 +216,6 @@ fn endpoint(i: usize, given: Endpoint, family: Family, problems: &mut Problems) 
         ready: given.conditions.ready.unwrap_or(true),
         serving: given.conditions.serving.unwrap_or(true),
         terminating: given.conditions.terminating.unwrap_or(false),
-        hints: Some(given.hints).filter(|hints| *hints != Hints::default()).map(Box::new),
+        hints: Some(hints).filter(|hints| *hints != Hints::default()).map(Box::new),
     })
 }

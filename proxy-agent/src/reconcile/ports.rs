@@ -17,8 +17,11 @@ impl Ports {
 
     /// In place of what there was.
     pub(super) fn insert(&mut self, key: ServicePortKey, state: Box<PortState>) {
-        self.remove(&key);
-        self.0.entry(key.service.clone()).or_insert_with(|| Vec::with_capacity(1)).push((key, state));
+        let ports = self.0.entry(key.service.clone()).or_insert_with(|| Vec::with_capacity(1));
+        match ports.iter_mut().find(|(other, _)| *other == key) {
+            Some((_, old)) => *old = state,
+            None => ports.push((key, state)),
+        }
     }
 
     pub(super) fn remove(&mut self, key: &ServicePortKey) -> Option<Box<PortState>> {

@@ -132,10 +132,7 @@ pub fn pod(object: &core::Pod) -> Pod {
         .collect();
 
     Pod {
-        key: ObjectKey::new(
-            object.metadata.namespace.as_deref().unwrap_or_default(),
-            object.metadata.name.as_deref().unwrap_or_default(),
-        ),
+        key: ObjectKey::given(object.metadata.namespace.as_deref(), object.metadata.name.as_deref()),
         labels: object.metadata.labels.clone().unwrap_or_default(),
         addresses,
         node: spec.and_then(|s| s.node_name.as_deref()).filter(|name| !name.is_empty()).map(Name::from),

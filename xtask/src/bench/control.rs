@@ -94,8 +94,7 @@ fn flips(world: &World, effort: &Effort, report: &mut Report) -> Result<()> {
         let (begin_ns, change) = thread::scope(|scope| {
             let prober = scope
                 .spawn(|| world.client().await_change(vip, &old, Some(CLIENT_CPU), Duration::from_secs(10)));
-            // The prober looks every few microseconds by then; the wait differs so that nothing falls into step.
-            thread::sleep(Duration::from_micros(20_000 + u64::from(flip * 37 % 1000)));
+            rest(flip);
             let begin_ns = monotonic_ns();
             fs::rename(&unfinished, &path)?;
             let change = prober.join().map_err(|_| anyhow::anyhow!("the prober panicked"))??;
@@ -129,6 +128,12 @@ fn flips(world: &World, effort: &Effort, report: &mut Report) -> Result<()> {
         stale,
     ));
     Ok(())
+}
+
+/// Before the change of a number. Who looks does so every few microseconds by the end of it; the wait differs so that
+/// nothing falls into step.
+pub(crate) fn rest(number: u32) {
+    thread::sleep(Duration::from_micros(20_000 + u64::from(number * 37 % 1000)));
 }
 
 /// What a process has in memory.

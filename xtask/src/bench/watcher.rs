@@ -7,7 +7,6 @@ use std::{
     path::Path,
     sync::atomic::{AtomicBool, AtomicU32, Ordering},
     thread,
-    time::Duration,
 };
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -17,7 +16,7 @@ use nix::{
 };
 use sheave_tests::{engine::monotonic_ns, measure::pin};
 
-use super::{go_on, world::CLIENT_CPU};
+use super::{control::rest, go_on, world::CLIENT_CPU};
 
 /// A change that is not seen for so long is not seen.
 const LATE_AFTER_NS: u64 = 10_000_000_000;
@@ -56,8 +55,7 @@ pub(crate) fn renames(directory: &Path, text: &[u8], count: u32) -> Result<Vec<u
         fs::write(&unfinished, text).with_context(|| format!("writing {}", unfinished.display()))?;
         thread::scope(|scope| {
             let looks = scope.spawn(|| look(round));
-            // As for the agent.
-            thread::sleep(Duration::from_micros(20_000 + u64::from(round * 37 % 1000)));
+            rest(round);
             let begin_ns = monotonic_ns();
             fs::rename(&unfinished, &path)?;
             let end_ns = looks.join().map_err(|_| anyhow!("who looked panicked"))??;

@@ -9,7 +9,7 @@ use k8s_openapi::api::{core::v1 as core, discovery::v1::EndpointSlice};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::{Deserialize, Deserializer};
 
-use crate::object::{Name, Node, ObjectKey, Problem, Read, Readable, Reading, Service, Slice, Unreadable};
+use crate::object::{Node, ObjectKey, Problem, Read, Readable, Reading, Service, Slice, Unreadable};
 
 /// A slim type and what it is made of.
 pub(super) trait Slim: Readable + Clone + Debug + Send + Sync + 'static {
@@ -55,8 +55,7 @@ pub(super) struct Checked<T> {
 
 impl<T> Checked<T> {
     pub(super) fn key(&self) -> ObjectKey {
-        let text = |part: &Option<String>| Name::from(part.as_deref().unwrap_or_default());
-        ObjectKey { namespace: text(&self.metadata.namespace), name: text(&self.metadata.name) }
+        ObjectKey::given(self.metadata.namespace.as_deref(), self.metadata.name.as_deref())
     }
 
     pub(super) fn read(self) -> Read<T> {
